@@ -1,0 +1,32 @@
+MODEL ?= MLP
+DATA ?= SZT
+PYTHON ?= python3
+VENV := .venv/.complete
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train plots test lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT ARGS="--epochs 5" (ARGS=--help: every flag)
+	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) $(ARGS)
+
+plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
+	@.venv/bin/python analysis/plots.py $(RUN)
+
+test: $(VENV) ## the tests
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(VENV) ## check the style
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+venv: $(VENV) ## make .venv from the requirements files; the other targets do so by themselves
+
+$(VENV): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; PYTHON=... names one")'
+	@echo "Installing the packages into .venv; torch takes some minutes."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,64 @@
+"""The data sets by name. A whole split lives on the device as one tensor; a batch is an index into it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from data import images, szt
+
+SOURCES: dict[str, Callable[[str, bool], tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {
+    "SZT": szt.load,
+    **{name: partial(images.load, name) for name in images.FACTS},
+}
+
+
+class Split:
+    """Inputs (N, ...), kept as they come (uint8 or float32), and labels (N,) int64, on one device."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, mean: Tensor, std: Tensor):
+        self.inputs, self.labels, self.mean, self.std = inputs, labels, mean, std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs as float32, normalised if they are images, and the labels of the samples named by indices."""
+        x = self.inputs[indices]
+        return (x if x.is_floating_point() else (x - self.mean) / self.std), self.labels[indices]
+
+
+@dataclass
+class Dataset:
+    train: Split
+    test: Split
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+
+def load(name: str, root: str = "datasets", device: torch.device | str = "cpu", download: bool = False) -> Dataset:
+    """The data set `name` on `device`; files are looked for under `root`, and fetched there only if `download` is set.
+
+    Raises ValueError for an unknown name and for files that are missing or not intact.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
+    x_train, y_train, x_test, y_test, num_classes = SOURCES[name](root, download)
+    mean, std = _moments(x_train)
+    train, test = (Split(*(t.to(device) for t in (x, y, mean, std))) for x, y in ((x_train, y_train), (x_test, y_test)))
+    return Dataset(train, test, num_classes, tuple(x_train.shape[1:]))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images, (channels, 1, 1) float32; 0 and 1 for float inputs."""
+    if x.is_floating_point():
+        return torch.zeros(1), torch.ones(1)
+    values = torch.arange(256, dtype=torch.float64)
+    # (channels, 256): how often each byte occurs, so that the moments are exact and no float copy of the set is made
+    counts = torch.stack([torch.bincount(x[:, c].flatten(), minlength=256) for c in range(x.shape[1])]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values**2 - mean**2).sqrt()
+    return mean.float()[:, None, None], std.float()[:, None, None]

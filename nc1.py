@@ -1,0 +1,199 @@
+"""NC1, within-class variability collapse, at every tap of a model: tr(Sigma_W pinv(Sigma_B)).
+
+N samples, C classes, n_c samples of class c, h in R^d the flattened activation at a tap. With mu_c the class means, mu
+the mean over all samples and M = [mu_1 - mu, ..., mu_C - mu] (d x C),
+
+    Sigma_B = M M^T / C        Sigma_W = (1/N) sum_i (h_i - mu_c(i)) (h_i - mu_c(i))^T.
+
+d reaches 10^5, so neither is ever formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1,
+
+    tr(Sigma_W pinv(Sigma_B)) = (C/N) sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2,
+
+which takes one pass over the samples for the class means and one for the sum. The trace is not divided by C; Papyan,
+Han & Donoho (PNAS 2020) divide.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Singular values of M below this share of the largest are taken for rounding: activations are float32, of relative
+# precision 6e-8, so that a direction which the means do not have appears at about 1e-7 of the largest.
+RANK_TOLERANCE = 1e-6
+# So are those below this share of the means' own length: class means that coincide, but for rounding, have rank 0.
+MEAN_TOLERANCE = torch.finfo(torch.float32).eps
+
+KEEP_BYTES = 4 * 2**30  # activations kept from the first pass
+CHUNK_BYTES = 32 * 2**20  # activations turned into float64 at a time
+
+
+def measure(
+    model: nn.Module,
+    taps: dict[str, nn.Module],
+    split,
+    num_classes: int,
+    batch_size: int = 400,
+    keep_bytes: int = KEEP_BYTES,
+) -> dict[str, tuple[int, int, float]]:
+    """NC1 of every tap on one split: {tap: (d, rank of M, tr(Sigma_W pinv(Sigma_B)))}.
+
+    taps: modules of the model, each called once a forward pass. split: len(), .labels (N,) int64, .batch(indices) ->
+    (inputs, labels). The model is measured in eval mode with the weights it has, and left in the mode it was in. The
+    value has no unit; it is NaN where the rank is 0: class means that coincide have no NC1. Sums are float64 and agree
+    with the dense formula whatever the batch size. Activations of the deepest taps are kept for the second pass as far
+    as keep_bytes allows; for the others the model runs again, no deeper than needed.
+    Raises ValueError for a class with no samples, labels outside 0 .. C - 1, a tap not called exactly once, and
+    activations that are not finite.
+    """
+    counts = _class_counts(split.labels, num_classes)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        sums, kept = _first_pass(model, taps, split, num_classes, batch_size, keep_bytes)
+        means, projections = {}, {}
+        for tap in sums:
+            means[tap] = sums[tap].div_(counts[:, None])  # (C, d)
+            if not means[tap].isfinite().all():
+                raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
+            projections[tap] = whitening(means[tap], counts)  # (d, r)
+        totals = _second_pass(model, taps, split, batch_size, kept, means, projections)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+    result = {}
+    for tap in taps:
+        d, r = projections[tap].shape
+        result[tap] = (d, r, num_classes / len(split) * totals[tap].item() if r else float("nan"))
+    return result
+
+
+def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tuple[dict, dict]:
+    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y), ...]} for the taps kept."""
+    sums, kept = {}, {}
+    for tap, h in reversed(_probe(model, taps, split).items()):
+        sums[tap] = torch.zeros(num_classes, h.shape[1], dtype=torch.float64, device=h.device)
+        keep_bytes -= len(split) * h.nbytes
+        if keep_bytes >= 0:
+            kept[tap] = []
+
+    def visit(tap: str, h: Tensor, y: Tensor) -> None:
+        add_class_sums(sums[tap], h, y)
+        if tap in kept:
+            kept[tap].append((h, y))
+
+    _visit(model, taps, split, _batches(split, batch_size, "NC1 class means"), visit, deepest=next(iter(sums)))
+    return sums, kept
+
+
+def _second_pass(model, taps, split, batch_size, kept, means, projections) -> dict[str, Tensor]:
+    """{tap: sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2}, of the activations kept and, for the other taps, of new ones."""
+    totals = {tap: torch.zeros((), dtype=torch.float64, device=split.labels.device) for tap in means}
+
+    def visit(tap: str, h: Tensor, y: Tensor) -> None:
+        totals[tap] += squared_distances(h, y, means[tap], projections[tap])
+
+    for tap, batches in kept.items():
+        for h, y in batches:
+            visit(tap, h, y)
+    again = {tap: taps[tap] for tap in means if tap not in kept}
+    if again:
+        _visit(model, again, split, _batches(split, batch_size, "NC1 distances"), visit, deepest=next(iter(again)))
+    return totals
+
+
+def _batches(split, batch_size: int, title: str) -> Iterable[Tensor]:
+    """The indices of the whole split in data order, with a bar where the pass is long and somebody looks."""
+    indices = torch.arange(len(split), device=split.labels.device).split(batch_size)
+    return tqdm(indices, title, leave=False, disable=None, delay=1)
+
+
+def add_class_sums(sums: Tensor, h: Tensor, y: Tensor) -> None:
+    """Add the activations h (B, d) of classes y (B,) to the sums of their classes, (C, d) float64."""
+    for rows, h64 in _float64(h):
+        one_hot = torch.nn.functional.one_hot(y[rows], len(sums)).double()  # (b, C)
+        sums.addmm_(one_hot.T, h64)  # (C, b) @ (b, d)
+
+
+def whitening(means: Tensor, counts: Tensor) -> Tensor:
+    """U S^-1 (d, r) of M = U S V^T, from the class means (C, d) and sizes (C,), both float64; r is the rank of M.
+
+    A direction counts towards the rank if its singular value exceeds RANK_TOLERANCE times the largest one and
+    MEAN_TOLERANCE times the length of the longest class mean.
+    """
+    mu = counts @ means / counts.sum()  # (d,)
+    U, S, _ = torch.linalg.svd((means - mu).T, full_matrices=False)  # (d, min(d, C)), (min(d, C),)
+    floor = torch.maximum(RANK_TOLERANCE * S[0], MEAN_TOLERANCE * means.norm(dim=1).max())
+    r = int((S > floor).sum())
+    return U[:, :r] / S[:r]
+
+
+def squared_distances(h: Tensor, y: Tensor, means: Tensor, P: Tensor) -> Tensor:
+    """sum_i || P^T (h_i - mu_c(i)) ||^2 over the batch h (B, d), y (B,), for P = U S^-1 (d, r): float64, 0-D."""
+    total = torch.zeros((), dtype=torch.float64, device=h.device)
+    for rows, h64 in _float64(h):
+        total += ((h64 - means[y[rows]]) @ P).square().sum()  # (b, d) @ (d, r)
+    return total
+
+
+def _float64(h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """h (B, d) in float64, so many rows at a time that no copy exceeds CHUNK_BYTES."""
+    rows = max(1, CHUNK_BYTES // (8 * h.shape[1]))
+    for start in range(0, len(h), rows):
+        yield slice(start, start + rows), h[start : start + rows].double()
+
+
+def _class_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """n_c (C,) float64."""
+    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(
+            f"NC1: labels must lie in 0..{num_classes - 1}, got {labels.min().item()}..{labels.max().item()}"
+        )
+    counts = torch.bincount(labels, minlength=num_classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"NC1: every class needs samples, got none of class {', '.join(map(str, empty))}")
+    return counts.double()
+
+
+class _Enough(Exception):
+    """Raised in the deepest tap that is asked for, to end the forward pass there."""
+
+
+@torch.no_grad()
+def _visit(model: nn.Module, taps: dict[str, nn.Module], split, batches, visit: Callable, deepest: str | None) -> None:
+    """Call visit(tap, h, y) with the output h (B, d) of every tap, for every batch of indices, classes y (B,)."""
+
+    def hook(tap: str, output: Tensor) -> None:
+        visit(tap, output.flatten(1), y)
+        if tap == deepest:
+            raise _Enough
+
+    handles = [m.register_forward_hook(lambda _, __, output, tap=tap: hook(tap, output)) for tap, m in taps.items()]
+    try:
+        for indices in batches:
+            x, y = split.batch(indices)
+            with suppress(_Enough):
+                model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probe(model: nn.Module, taps: dict[str, nn.Module], split) -> dict[str, Tensor]:
+    """Every tap's output for one sample, (1, d), in the order in which the model calls them."""
+    seen: dict[str, Tensor] = {}
+
+    def visit(tap: str, h: Tensor, y: Tensor) -> None:
+        if tap in seen:
+            raise ValueError(f"NC1: layer {tap!r} is called more than once in a forward pass")
+        seen[tap] = h
+
+    _visit(model, taps, split, torch.arange(1, device=split.labels.device).split(1), visit, deepest=None)
+    missing = [tap for tap in taps if tap not in seen]
+    if missing:
+        raise ValueError(f"NC1: layer {missing[0]!r} is not called in a forward pass")
+    return seen

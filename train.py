@@ -1,0 +1,256 @@
+"""Train a network; after every epoch measure its loss and accuracy, NC1 at every tap and DIB at every split.
+
+    python train.py --model MLP --data SZT        (python train.py --help: every flag)
+
+Everything measured goes into the CSVs of the run's folder, which analysis/plots.py draws.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+import data
+import dib
+import models
+import nc1
+from models.mlp import NONLINEARITIES
+
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+COLUMNS = {
+    "epochs.csv": "epoch,set,loss,accuracy,seconds",
+    "nc1.csv": "epoch,set,layer,dim,rank,nc1",
+    "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line instead of argparse's usage and error."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, strict: bool = False):
+    """An argparse type: a finite int or float of at least (or, if strict, above) low."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if strict else low <= value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"expected a number {'above' if strict else 'of at least'} {low}, got {text}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def make_parser() -> Parser:
+    p = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    count = number(int, 1)
+    p.add_argument("-m", "--model", default="MLP", choices=models.ARCHITECTURES, help="architecture (%(default)s)")
+    p.add_argument("-d", "--data", default="SZT", choices=data.SOURCES, help="data set (%(default)s)")
+    p.add_argument("-w", "--widths", type=count, nargs="+", default=[10, 7, 5, 4, 3], metavar="N",
+                   help="units of each hidden layer of the MLP (10 7 5 4 3)")  # fmt: skip
+    p.add_argument("-nl", "--nonlinearity", default="ReLU", choices=NONLINEARITIES, help="of the MLP (%(default)s)")
+    p.add_argument("-b", "--batch-size", type=count, default=400, metavar="N",
+                   help="samples a step, in training, measuring and DIB's heads (%(default)s)")  # fmt: skip
+    p.add_argument("-lr", "--learning-rate", type=number(float, 0, strict=True), default=2e-3, metavar="X",
+                   help="of the network and of DIB's heads (%(default)s)")  # fmt: skip
+    p.add_argument("-opt", "--optimizer", default="AdamW", choices=OPTIMIZERS,
+                   help="of the network and of DIB's heads, with torch's defaults (%(default)s)")  # fmt: skip
+    p.add_argument("--epochs", type=count, default=15, metavar="N", help="(%(default)s)")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
+                   help="of the initial weights, the batches and everything DIB draws (%(default)s)")  # fmt: skip
+    p.add_argument("--sets", nargs="+", default=["train", "test"], choices=["train", "test"],
+                   help="the sets on which NC1 and DIB are measured (train test)")  # fmt: skip
+    p.add_argument("--no-nc1", dest="nc1", action="store_false", help="do not measure NC1")
+    p.add_argument("--no-dib", dest="dib", action="store_false", help="do not measure DIB")
+    p.add_argument("--dib-epochs", type=count, default=30, metavar="N", help="epochs of DIB's heads (%(default)s)")
+    p.add_argument("--splits", nargs="+", metavar="NAME",
+                   help="DIB's splits, each by the last block of its encoder; input: no encoder (all)")  # fmt: skip
+    p.add_argument("--labelings", type=count, default=1, metavar="R",
+                   help="enumerations of each class: data order and R - 1 random ones (%(default)s)")  # fmt: skip
+    p.add_argument("-c", "--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile the network for training (on CUDA only)")  # fmt: skip
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
+    p.add_argument("--data-dir", default="datasets", metavar="DIR", help="where image files are (%(default)s)")
+    p.add_argument("--download", action="store_true", help="fetch the images into --data-dir if they are not there")
+    p.add_argument("--run-dir", metavar="DIR", help="the run's folder (runs/<model>-<data>-seed<seed>)")
+    return p
+
+
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_splits(model: nn.Sequential, names: list[str] | None) -> list[str]:
+    known = models.splits(model)
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"--splits: this model has no split {name!r}: expected some of {', '.join(known)}")
+    return [name for name in known if names is None or name in names]
+
+
+def start_run(folder: Path, hparams: dict) -> None:
+    """Make the folder, the CSVs with their headers, and hparams.json. Raises ValueError where a run is already."""
+    if (folder / "hparams.json").exists():
+        raise ValueError(f"{folder} already holds a run, which is kept: choose another --run-dir or --seed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, columns in COLUMNS.items():
+            (folder / name).write_text(columns + "\n")
+        (folder / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--run-dir {folder} cannot be written: {error.strerror}") from error
+
+
+def append(path: Path, rows: list[tuple]) -> None:
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: data.Split, batch_size: int) -> tuple[float, float]:
+    """Mean cross-entropy in nats and share of samples classified right, of a model in eval mode."""
+    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
+    right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    for indices in torch.arange(len(split), device=split.labels.device).split(batch_size):
+        x, y = split.batch(indices)
+        logits = model(x)
+        loss += F.cross_entropy(logits, y, reduction="sum")
+        right += (logits.argmax(1) == y).sum()
+    return loss.item() / len(split), right.item() / len(split)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], nn.Sequential]:
+    """Data, the model's constructor and the model, in a new run folder; args gets every default filled in.
+
+    Raises ValueError for what the flags ask for and cannot be had; nothing is written then.
+    """
+    device = choose_device(args.device)
+    dataset = data.load(args.data, args.data_dir, device, args.download)
+    options = {"widths": tuple(args.widths), "nonlinearity": args.nonlinearity}
+    build = partial(models.build, args.model, dataset.input_shape, dataset.num_classes, **options)
+    torch.manual_seed(args.seed)
+    model = build().to(device)
+    args.device, args.sets = str(device), list(dict.fromkeys(args.sets))
+    args.splits = choose_splits(model, args.splits)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    args.run_dir = args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}"
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    start_run(Path(args.run_dir), {**vars(args), **versions})
+    return dataset, build, model
+
+
+def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model: nn.Sequential) -> None:
+    """Train, evaluate, measure, log and save, epoch by epoch."""
+    folder, device, C = Path(args.run_dir), torch.device(args.device), dataset.num_classes
+    sets = {"train": dataset.train, "test": dataset.test}
+    taps, cuts = models.taps(model), models.splits(model)
+    make_optimizer = partial(OPTIMIZERS[args.optimizer], lr=args.learning_rate, fused=True)
+    optimizer = make_optimizer(model.parameters())
+    network = torch.compile(model) if args.compile else model  # the same parameters; only training runs it
+    shuffle = torch.Generator().manual_seed(args.seed)
+    bar = partial(tqdm, leave=False, disable=None)
+
+    for epoch in bar(range(1, args.epochs + 1), desc="epochs"):
+        start = clock(device)
+        model.train()
+        order = torch.randperm(len(dataset.train), generator=shuffle).to(device)
+        for indices in bar(order.split(args.batch_size), desc="training", delay=1):
+            x, y = dataset.train.batch(indices)
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds = {"train": clock(device) - start}
+
+        model.eval()
+        scores = {}
+        for name, split in sets.items():
+            start = clock(device)
+            scores[name] = evaluate(model, split, args.batch_size)
+            seconds.setdefault(name, clock(device) - start)
+        append(folder / "epochs.csv", [(epoch, name, *scores[name], round(seconds[name], 4)) for name in sets])
+
+        start = clock(device)
+        collapse = {}
+        for name in args.sets if args.nc1 else []:
+            collapse[name] = nc1.measure(model, taps, sets[name], C, args.batch_size)
+            append(folder / "nc1.csv", [(epoch, name, layer, *value) for layer, value in collapse[name].items()])
+        seconds["NC1"] = clock(device) - start
+
+        start = clock(device)
+        # the split without encoder does not change from epoch to epoch
+        jobs = [(name, cut) for name in args.sets for cut in args.splits if epoch == 1 or cuts[cut] > 0]
+        for name, cut in bar(jobs if args.dib else [], desc="DIB"):
+            heads = dib.measure(
+                model, cuts[cut], sets[name], C, build, make_optimizer,
+                args.dib_epochs, args.batch_size, args.labelings, args.seed, epoch,
+            )  # fmt: skip
+            append(folder / "dib.csv", [(epoch, name, cut, *head) for head in heads])
+        seconds["DIB"] = clock(device) - start
+
+        save(folder / "checkpoint.pt", epoch, model, optimizer, shuffle)
+        tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
+        sys.stdout.flush()
+
+
+def save(path: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, shuffle: torch.Generator) -> None:
+    """Write what it takes to go on after this epoch, and only then replace the last checkpoint."""
+    state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"random": torch.get_rng_state(), "shuffle": shuffle.get_state()}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float]) -> str:
+    """The line of an epoch: train (test) figures, NC1 at the deepest tap, and where the time went."""
+    (train_loss, train_accuracy), (test_loss, test_accuracy) = scores["train"], scores["test"]
+    parts = [f"loss {train_loss:.4f} ({test_loss:.4f})  accuracy {train_accuracy:.2%} ({test_accuracy:.2%})"]
+    for name, values in collapse.items():
+        layer, (_, _, value) = list(values.items())[-1]
+        parts.append(f"NC1 {name} {layer} {value:.4g}")
+    parts.append(", ".join(f"{part} {seconds[part]:.1f} s" for part in ("train", "NC1", "DIB")))
+    return f"epoch {epoch}  " + "  ".join(parts)
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        prepared = prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
+    run(args, *prepared)
+    print(f"done: the run is in {args.run_dir}; make plots RUN={args.run_dir} draws it")
+
+
+if __name__ == "__main__":
+    main()
