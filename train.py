@@ -41,15 +41,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind: type, low: float, strict: bool = False):
-    """An argparse type: a finite int or float of at least (or, if strict, above) low."""
+def number(kind: type, low: float, strict: bool = False) -> Callable:
+    """An argparse type: an int or float of at least low, or above it if strict, that fits 64 bits."""
 
     def parse(text: str):
         value = kind(text)
-        if not (low < value if strict else low <= value) or value == float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"expected a number {'above' if strict else 'of at least'} {low}, got {text}"
-            )
+        if not (low < value if strict else low <= value):
+            bound = "above" if strict else "of at least"
+            raise argparse.ArgumentTypeError(f"expected a number {bound} {low}, got {text}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
@@ -241,9 +242,9 @@ def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float])
     return f"epoch {epoch}  " + "  ".join(parts)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         prepared = prepare(args)
     except ValueError as error:

@@ -52,7 +52,7 @@ def load(name: str, root: str = "datasets", device: torch.device | str = "cpu", 
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images, (channels, 1, 1) float32; 0 and 1 for float inputs."""
+    """Mean and standard deviation of the channels of uint8 images, (channels, 1, 1) float32; 0 and 1 for floats."""
     if x.is_floating_point():
         return torch.zeros(1), torch.ones(1)
     values = torch.arange(256, dtype=torch.float64)

@@ -1,0 +1,105 @@
+import os
+from math import log
+
+import pandas as pd
+import pytest
+
+from analysis import plots
+
+EPOCHS = "epoch,set,loss,accuracy,seconds\n1,train,0.7,0.5,1\n1,test,0.7,0.5,1\n2,train,0.6,0.6,1\n2,test,0.6,0.6,1\n"
+NC1 = """epoch,set,layer,dim,rank,nc1
+1,train,hidden1,10,1,3.5
+1,train,hidden2,7,0,nan
+2,train,hidden1,10,1,2.5
+2,train,hidden2,7,1,0.5
+"""
+DIB = """epoch,set,split,permutation,labeling,entropy,loss,drop
+1,train,input,0,y,0.69,0.1,0.01
+1,train,input,0,0,0.69,0.2,0.01
+1,train,input,0,1,0.60,0.6,0.01
+1,train,hidden1,0,y,0.69,0.2,0.01
+1,train,hidden1,0,0,0.69,0.3,0.01
+1,train,hidden1,0,1,0.60,0.5,0.01
+2,train,hidden1,0,y,0.69,0.1,nan
+2,train,hidden1,0,0,0.69,0.5,nan
+2,train,hidden1,0,1,0.60,0.6,nan
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, text in (("epochs", EPOCHS), ("nc1", NC1), ("dib", DIB)):
+        (tmp_path / f"{name}.csv").write_text(text)
+    return tmp_path
+
+
+def test_information_by_hand(folder):
+    """Minimality: the mean of entropy - loss over the digits; sufficiency: that of y; both in bits."""
+    info = plots.information(plots.read(folder)["dib"])
+    assert info[["epoch", "split"]].values.tolist() == [[1, "input"], [1, "hidden1"], [2, "hidden1"]]
+    assert (info["minimality"] * log(2)).tolist() == pytest.approx([0.49 / 2, (0.39 + 0.1) / 2, 0.19 / 2])
+    assert (info["sufficiency"] * log(2)).tolist() == pytest.approx([0.59, 0.49, 0.59])
+
+
+def test_draws_every_figure(folder, capsys):
+    plots.main([str(folder)])
+    names = {
+        f"{figure}.{ending}" for figure in ("training", "nc1", "information", "plane") for ending in ("png", "pdf")
+    }
+    assert {p.name for p in (folder / "figures").iterdir()} == names
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_draws_what_was_measured(folder):
+    (folder / "nc1.csv").write_text(NC1.splitlines()[0] + "\n")
+    (folder / "dib.csv").write_text(DIB.splitlines()[0] + "\n")
+    plots.main([str(folder)])
+    assert {p.stem for p in (folder / "figures").iterdir()} == {"training"}
+
+
+def test_axes_have_titles_and_units(folder):
+    tables = plots.read(folder)
+    info = plots.information(tables["dib"])
+    labels = [
+        {axis.get_ylabel() for axis in figure.axes} | {axis.get_xlabel() for axis in figure.axes}
+        for figure in (
+            plots.draw_training(tables["epochs"], ""),
+            plots.draw_information(info, ""),
+            plots.draw_plane(info, ""),
+        )
+    ]
+    assert {"epoch", "cross-entropy (nats)", "accuracy (%)"} <= labels[0]
+    assert {"epoch", "minimality (bits)", "sufficiency (bits)"} <= labels[1]
+    assert {"minimality (bits)", "sufficiency (bits)"} <= labels[2]
+    nc1 = plots.draw_nc1(tables["nc1"], "").axes[0]
+    assert nc1.get_yscale() == "log"
+    hidden2 = next(line for line in nc1.lines if line.get_label() == "hidden2")
+    assert pd.isna(hidden2.get_ydata()[0])  # rank 0: a gap, not a zero
+
+
+def test_newest_run(tmp_path):
+    with pytest.raises(ValueError, match="no run in"):
+        plots.newest(tmp_path)
+    for name, age in (("b", 5), ("a", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hparams.json").write_text("{}")
+        os.utime(tmp_path / name / "hparams.json", (1000 - age, 1000 - age))
+    assert plots.newest(tmp_path) == tmp_path / "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "epochs.csv is not a CSV of a run"),
+        ("", "epochs.csv is not a CSV of a run"),
+        ("a,b\n1,2\n", "epochs.csv lacks the column 'epoch'"),
+        (EPOCHS.splitlines()[0] + "\n", "holds no finished epoch"),
+    ],
+)
+def test_names_the_file_it_cannot_use(folder, content, message):
+    if content is None:
+        (folder / "epochs.csv").unlink()
+    else:
+        (folder / "epochs.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        plots.main([str(folder)])

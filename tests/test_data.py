@@ -1,0 +1,112 @@
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import images, szt
+
+
+def test_szt_gives_the_published_labels():
+    x, y = szt.patterns()
+    assert hashlib.sha256(bytes(y.tolist())).hexdigest() == (
+        "77732f16f85e91b49d3997196b56163b3bd362d8cf631468a8de3f986e88359f"
+    )
+    assert y.sum() == 2118
+    assert x[1].tolist() == [0] * 11 + [1]  # input 0 is the most significant bit
+    assert x[2048].tolist() == [1] + [0] * 11
+
+
+def test_szt_split_is_fixed_stratified_and_in_binary_order():
+    dataset = data.load("SZT")
+    assert (dataset.num_classes, dataset.input_shape) == (2, (12,))
+    assert (len(dataset.train), len(dataset.test)) == (3481, 615)
+    assert (dataset.train.labels.sum(), dataset.test.labels.sum()) == (1800, 318)  # 85 and 15 % of 2118
+    weights = 2 ** torch.arange(11, -1, -1)
+    numbers = [
+        (split.batch(torch.arange(len(split)))[0] @ weights.float()).long() for split in (dataset.train, dataset.test)
+    ]
+    assert torch.equal(torch.cat(numbers).sort().values, torch.arange(4096))
+    assert all((n.diff() > 0).all() for n in numbers)
+    digest = hashlib.sha256(numbers[1].numpy().astype("<i8").tobytes()).hexdigest()
+    assert digest == "be954f6bb909cd2a7323033410c6e088f85e6ae3272f95f6060ac9152f3a7239"
+
+
+def test_a_batch_is_an_index():
+    split = data.load("SZT").train
+    x, y = split.batch(torch.tensor([5, 0]))
+    assert x.dtype == torch.float32
+    assert torch.equal(x, split.inputs[[5, 0]])
+    assert torch.equal(y, split.labels[[5, 0]])
+
+
+def write_mnist(root, name: str, sizes: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Random images in the four files of MNIST or FashionMNIST."""
+    raw, made, random = root / name / "raw", {}, np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part, n in zip(("train", "t10k"), sizes, strict=True):
+        x = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        y = (np.arange(n) % 10).astype(np.uint8)
+        head = [int(v).to_bytes(4, "big") for v in (2051, n, 28, 28, 2049, n)]
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(head[:4]) + x.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"".join(head[4:]) + y.tobytes())
+        made[part] = x
+    return made
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_mnist_files(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(images.FACTS, name, ((1, 28, 28), 30, 20))
+    made = write_mnist(tmp_path, name, (30, 20))
+    dataset = data.load(name, str(tmp_path))
+    assert (dataset.num_classes, dataset.input_shape) == (10, (1, 28, 28))
+    assert dataset.train.inputs.dtype == torch.uint8
+    x, y = dataset.test.batch(torch.tensor([3, 12]))
+    mean, std = made["train"].mean(), made["train"].std()  # the training set's, for the test set too
+    np.testing.assert_allclose(x[:, 0], (made["t10k"][[3, 12]] - mean) / std, rtol=1e-5, atol=1e-5)
+    assert y.tolist() == [3, 2]
+
+
+def test_cifar_files(tmp_path, monkeypatch):
+    """The pickles torchvision reads; its MD5 check, which holds for the published files alone, is switched off."""
+    monkeypatch.setitem(images.FACTS, "CIFAR10", ((3, 32, 32), 25, 5))
+    monkeypatch.setattr(images.torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(images.torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    made = {}
+    for part in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        made[part] = random.integers(0, 256, (5, 3072), dtype=np.uint8)
+        (folder / part).write_bytes(pickle.dumps({"data": made[part], "labels": [0, 1, 2, 3, 4]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    dataset = data.load("CIFAR10", str(tmp_path))
+    assert (len(dataset.train), len(dataset.test), dataset.input_shape) == (25, 5, (3, 32, 32))
+    train = np.concatenate([made[f"data_batch_{i}"] for i in range(1, 6)]).reshape(25, 3, 32, 32)
+    x, _ = dataset.train.batch(torch.arange(25))
+    expected = (train - train.mean((0, 2, 3), keepdims=True)) / train.std((0, 2, 3), keepdims=True)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", images.FACTS)
+def test_missing_files_say_what_to_run_and_where_they_are_looked_for(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} was not found intact in {tmp_path} .*--download.*--data-dir"):
+        data.load(name, str(tmp_path))
+
+
+def test_truncated_and_short_files(tmp_path, monkeypatch):
+    write_mnist(tmp_path, "MNIST", (30, 20))
+    with pytest.raises(
+        ValueError, match=r"holds \(30, 1, 28, 28\) images and 30 labels, expected \(60000, 1, 28, 28\)"
+    ):
+        data.load("MNIST", str(tmp_path))
+    file = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="MNIST was not found intact"):
+        data.load("MNIST", str(tmp_path))
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="unknown data set 'SZTT': expected one of SZT, CIFAR10"):
+        data.load("SZTT")

@@ -1,0 +1,197 @@
+import math
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dib
+import models
+from relabel import relabel
+from tests.toys import Toy, clusters
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def plain() -> nn.Sequential:
+    return models.build("MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh").double()
+
+
+def convolutional() -> nn.Sequential:
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3))
+    return nn.Sequential(conv, nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
+    split = clusters(N, math.prod(shape), 3)
+    return Toy(split.x.double().view(N, *shape), split.labels)
+
+
+def alone(head: nn.Sequential, z: torch.Tensor, target: torch.Tensor, epochs: int, batch_size: int, generator) -> tuple:
+    """The reference: one head, its own optimizer, a plain loop; final loss and running loss of every epoch."""
+    optimizer, running = SGD(head.parameters()), []
+    head.train()
+    for _ in range(epochs):
+        total = 0.0
+        for i in torch.randperm(len(z), generator=generator).split(batch_size):
+            loss = F.cross_entropy(head(z[i]), target[i])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(i)
+        running.append(total / len(z))
+    return F.cross_entropy(head.eval()(z), target).item(), running
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "k", "forward"),
+    [
+        (plain, (6,), 0, "batched"),
+        (plain, (6,), 2, "batched"),
+        (convolutional, (1, 5, 5), 0, "one_by_one"),
+        (convolutional, (1, 5, 5), 1, "batched"),
+    ],
+)
+def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, forward, monkeypatch):
+    """The same start and the same batches, in float64: the loss of a head does not know of the others."""
+    used = Counter()
+    for name in ("batched", "one_by_one"):
+        path = getattr(dib, name)
+        monkeypatch.setattr(dib, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
+    torch.manual_seed(0)
+    split, model, epochs = toy(shape=shape), build(), 20
+    _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
+    heads = [build()[k:] for _ in targets]
+    z = model[:k](split.x).detach()
+    loss, drop = dib.train(heads, z.__getitem__, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
+    assert set(used) == {forward}, f"the heads took the path {used}"
+    for j, head in enumerate(heads):  # train left the modules themselves untouched: the same start
+        final, running = alone(head, z, targets[j], epochs, 40, torch.Generator().manual_seed(5))
+        assert loss[j].item() == pytest.approx(final, rel=1e-9)
+        assert drop[j].item() == pytest.approx(running[-3] - running[-1], abs=1e-9)
+
+
+def test_batched_agrees_with_one_by_one():
+    torch.manual_seed(0)
+    heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
+    params, buffers = torch.func.stack_module_state([head.double() for head in heads])
+    x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
+    a, b = (forward(heads[0], params, buffers, x) for forward in (dib.batched, dib.one_by_one))
+    assert a.shape == (4, 3, 7)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a[2], heads[2](x).T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Linear(4, 3)], True),
+        ([nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.ReLU())], True),
+        ([nn.Linear(4, 3), nn.Flatten()], False),
+        ([nn.Linear(4, 3), nn.BatchNorm1d(3)], False),
+        ([nn.Linear(4, 3), nn.Softmax(1)], False),
+        ([nn.Linear(4, 3), nn.Dropout()], False),
+    ],
+)
+def test_only_plain_decoders_are_batched(layers, expected):
+    assert dib.is_plain(nn.Sequential(*layers)) is expected
+
+
+def test_entropy_is_empirical():
+    assert dib.entropy(torch.tensor([0, 0, 0, 1]), 3) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert dib.entropy(torch.tensor([1, 1]), 2) == 0
+    assert dib.entropy(torch.arange(8) % 4, 4) == pytest.approx(math.log(4))
+
+
+def test_labelings():
+    split = toy()
+    keys, targets = dib.label(split.labels, 3, labelings=3, seed=0)
+    digits = relabel(split.labels, 3)
+    D = digits.shape[1]
+    assert keys == [(0, "y")] + [(p, k) for p in range(3) for k in range(D)]
+    assert torch.equal(targets[0], split.labels)
+    assert torch.equal(targets[1 : 1 + D], digits.T)
+    assert torch.equal(dib.label(split.labels, 3, labelings=2, seed=0)[1], targets[: 1 + 2 * D])
+    for p in (1, 2):  # a random enumeration: other digits, and again one index for each sample of a class
+        other = targets[1 + p * D : 1 + (p + 1) * D].T
+        assert not torch.equal(other, digits)
+        for c in range(3):
+            of_class = split.labels == c
+            assert sorted(other[of_class].tolist()) == digits[of_class].tolist()
+
+
+def measure(split: Toy, k: int = 2, model: nn.Sequential | None = None, **options) -> list[dib.Head]:
+    torch.manual_seed(0)
+    model = model or plain()
+    return dib.measure(model, k, split, 3, plain, SGD, **{"epochs": 5, "batch_size": 40, **options})
+
+
+def test_information_where_it_is_known():
+    """One-hot inputs give the labels away and nothing else: H(Y), and nothing of the digits beyond the class."""
+    labels = torch.arange(81) % 3  # every digit is independent of the class: 27 samples a class, 3 digits
+    split = Toy(F.one_hot(labels, 3).repeat(1, 2).double(), labels)
+    adam = partial(torch.optim.Adam, lr=0.02)
+    y, *digits = dib.measure(plain(), 0, split, 3, plain, adam, epochs=200, batch_size=81)
+    assert y.entropy - y.loss == pytest.approx(math.log(3), abs=0.01)
+    assert [head.labeling for head in digits] == [0, 1, 2]
+    for head in digits:
+        assert head.entropy == pytest.approx(math.log(3))
+        assert head.entropy - head.loss == pytest.approx(0, abs=0.01)
+
+
+def test_loss_is_exact_whatever_the_batches():
+    """With a learning rate of 0 every head keeps its initial weights: the loss is that of the fresh decoder."""
+    split, still = toy(), partial(torch.optim.SGD, lr=0.0)
+    a, b = (
+        dib.measure(plain(), 0, split, 3, plain, still, epochs=1, batch_size=size, seed=3) for size in (len(split), 7)
+    )
+    assert [h.loss for h in a] == pytest.approx([h.loss for h in b], rel=1e-12)
+    assert all(math.isnan(h.drop) for h in a)
+
+
+def test_encodings_kept_or_recomputed():
+    split = toy()
+    assert [h.loss for h in measure(split)] == pytest.approx([h.loss for h in measure(split, keep_bytes=0)], rel=1e-12)
+
+
+def test_repeats_and_draws_anew_with_seed_and_epoch():
+    split = toy()
+    assert measure(split) == measure(split)
+    assert measure(split) != measure(split, seed=1)
+    assert measure(split) != measure(split, model_epoch=1)
+
+
+def test_leaves_everything_as_it_was():
+    split = toy(shape=(1, 5, 5))
+    torch.manual_seed(0)
+    model = convolutional().train()
+    model(split.x).sum().backward()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    torch.manual_seed(11)
+    random = torch.get_rng_state()
+    dib.measure(model, 1, split, 3, convolutional, SGD, epochs=2)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_encoder_runs_in_eval_mode():
+    """With BatchNorm in training mode the encodings, and so the loss, would depend on the batch."""
+    split, still = toy(shape=(1, 5, 5)), partial(torch.optim.SGD, lr=0.0)
+    model = convolutional().train()
+    a, b = (
+        [h.loss for h in dib.measure(model, 1, split, 3, convolutional, still, epochs=1, batch_size=size)]
+        for size in (len(split), 7)
+    )
+    assert a == pytest.approx(b, rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [{"epochs": 0}, {"labelings": 0}])
+def test_refuses(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least 1, got 0"):
+        measure(toy(), **bad)

@@ -1,0 +1,57 @@
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relabel import relabel
+
+
+def plainly(labels: list[int], C: int) -> list[list[int]]:
+    """Algorithm 1 as one would do it by hand."""
+    counters = {}
+    indices = [next(counters.setdefault(c, count())) for c in labels]
+    D = next(D for D in count(1) if C**D > max(indices, default=0))
+    return [[int(d) for d in reversed([i // C**k % C for k in range(D)])] for i in indices]
+
+
+def test_the_example_of_the_design():
+    digits = relabel(torch.tensor([0, 0, 0, 1, 1, 3, 4, 4, 4, 4, 4, 4]), 5)
+    assert " ".join(f"{a}{b}" for a, b in digits.tolist()) == "00 01 02 00 01 00 00 01 02 03 04 10"
+    assert digits.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("C", "exponent"), [(10, 3), (3, 5), (5, 3), (2, 12), (7, 4)])
+def test_number_of_digits_at_exact_powers(C, exponent):
+    """math.log(243, 3) and math.log(1000, 10) are not whole numbers in floating point."""
+    n = C**exponent
+    assert relabel(torch.zeros(n, dtype=torch.int64), C).shape == (n, exponent)
+    assert relabel(torch.zeros(n + 1, dtype=torch.int64), C).shape == (n + 1, exponent + 1)
+
+
+def test_at_least_one_digit():
+    assert relabel(torch.tensor([2, 0]), 3).tolist() == [[0], [0]]
+    assert relabel(torch.zeros(0, dtype=torch.int64), 3).shape == (0, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 12).flatmap(lambda C: st.tuples(st.just(C), st.lists(st.integers(0, C - 1), max_size=60))))
+def test_agrees_with_counting_by_hand(case):
+    C, labels = case
+    assert relabel(torch.tensor(labels, dtype=torch.int64), C).tolist() == plainly(labels, C) or not labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "C", "message"),
+    [
+        (torch.tensor([0, 3]), 3, r"labels must lie in 0\.\.2, got 0\.\.3"),
+        (torch.tensor([-1, 1]), 3, r"labels must lie in 0\.\.2, got -1\.\.1"),
+        (torch.tensor([[0, 1]]), 3, r"1-D int64, got torch.int64 of shape \(1, 2\)"),
+        (torch.tensor([0.0, 1.0]), 3, "1-D int64, got torch.float32"),
+        (torch.tensor([0, 0]), 1, "num_classes must be at least 2, got 1"),
+    ],
+)
+def test_refuses(labels, C, message):
+    with pytest.raises(ValueError, match=message):
+        relabel(labels, C)

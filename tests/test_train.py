@@ -1,0 +1,175 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torchvision
+
+import data
+import models
+import nc1
+import train
+from relabel import relabel
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--epochs", "2", "--dib-epochs", "2", "--widths", "4", "3", "--device", "cpu"]
+
+
+def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
+    train.main([*SMALL, "--run-dir", str(folder), *flags])
+    return {name: pd.read_csv(folder / name) for name in train.COLUMNS}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
+    tables = run(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
+    assert [",".join(t.columns) for t in tables.values()] == list(train.COLUMNS.values())
+    epochs, collapse, heads = tables.values()
+    assert epochs[["epoch", "set"]].values.tolist() == [[1, "train"], [1, "test"], [2, "train"], [2, "test"]]
+    assert (epochs["loss"] > 0).all()
+    assert epochs["accuracy"].between(0, 1).all()
+    assert (epochs["seconds"] >= 0).all()
+    assert collapse[["epoch", "set", "layer", "dim", "rank"]].values.tolist() == [
+        [e, s, layer, dim, 1]
+        for e in (1, 2)
+        for s in ("train", "test")
+        for layer, dim in (("hidden1", 4), ("hidden2", 3))
+    ]
+
+    dataset = data.load("SZT")
+    D = {s: relabel(split.labels, 2).shape[1] for s, split in (("train", dataset.train), ("test", dataset.test))}
+    expected = [
+        [e, s, cut, p, labeling]
+        for e in (1, 2)
+        for s in ("train", "test")
+        for cut in ("input", "hidden1", "hidden2")
+        if e == 1 or cut != "input"  # measured once: no encoder, nothing to change
+        for p, labeling in [(0, "y")] + [(p, str(k)) for p in (0, 1) for k in range(D[s])]
+    ]
+    assert heads[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
+
+    hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
+    assert hparams["widths"] == [4, 3]
+    assert hparams["splits"] == ["input", "hidden1", "hidden2"]
+    assert hparams["learning_rate"] == 2e-3
+    assert (hparams["device"], hparams["compile"]) == ("cpu", False)
+    assert (hparams["torch"], hparams["torchvision"]) == (torch.__version__, torchvision.__version__)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+
+
+def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
+    tables = run(tmp_path / "run", "--no-dib")
+    dataset = data.load("SZT")
+    model = models.build("MLP", (12,), 2, widths=(4, 3)).eval()
+    model.load_state_dict(weights(tmp_path / "run"))
+    tables = {name: table.query("epoch == 2").set_index("set") for name, table in tables.items()}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        x, y = split.batch(torch.arange(len(split)))
+        logits = model(x)
+        row = tables["epochs.csv"].loc[name]
+        assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+        assert row["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+        values = tables["nc1.csv"].loc[name, "nc1"].tolist()
+        assert values == pytest.approx([v for *_, v in nc1.measure(model, models.taps(model), split, 2).values()])
+
+
+def test_measuring_does_not_disturb_training_and_a_run_repeats(tmp_path):
+    everything, again = run(tmp_path / "a"), run(tmp_path / "b")
+    run(tmp_path / "c", "--no-nc1", "--no-dib")
+    other = run(tmp_path / "d", "--no-nc1", "--seed", "1")
+    assert all(torch.equal(v, weights(tmp_path / "c")[k]) for k, v in weights(tmp_path / "a").items())
+    assert not torch.equal(weights(tmp_path / "a")["hidden1.0.weight"], weights(tmp_path / "d")["hidden1.0.weight"])
+    for name in ("nc1.csv", "dib.csv"):
+        pd.testing.assert_frame_equal(everything[name], again[name], check_exact=True)
+    assert other["nc1.csv"].empty
+    assert not other["dib.csv"]["loss"].equals(everything["dib.csv"]["loss"])
+
+
+def test_dib_is_the_same_whatever_else_is_measured(tmp_path):
+    everything = run(tmp_path / "a")["dib.csv"]
+    part = run(tmp_path / "b", "--no-nc1", "--sets", "test", "--splits", "hidden2", "--labelings", "2")["dib.csv"]
+    expected = everything.query("set == 'test' and split == 'hidden2'")
+    got = part.query("permutation == 0")
+    # heads of other enumerations are trained beside these, which may round differently
+    pd.testing.assert_series_equal(got["loss"], expected["loss"], check_index=False, rtol=1e-5)
+    assert set(part["permutation"]) == {0, 1}
+
+
+def test_compiled_training_gives_the_same_figures(tmp_path):
+    flags = ["--no-dib", "--batch-size", "3481"]  # the whole set: one shape to compile for
+    plain = run(tmp_path / "a", *flags)["epochs.csv"]["loss"]
+    compiled = run(tmp_path / "b", *flags, "--compile")["epochs.csv"]["loss"]
+    pd.testing.assert_series_equal(plain, compiled, rtol=1e-4)
+
+
+def test_never_overwrites_a_run(tmp_path, capsys):
+    run(tmp_path / "run", "--no-dib", "--epochs", "1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--epochs", "1")
+    assert stop.value.code == 2
+    assert "already holds a run, which is kept: choose another --run-dir or --seed" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "MLPP"], "invalid choice: 'MLPP'"),
+        (["--data", "CIFAR11"], "invalid choice: 'CIFAR11'"),
+        (["-nl", "relu"], "invalid choice: 'relu'"),
+        (["-opt", "Lion"], "invalid choice: 'Lion'"),
+        (["--splits", "hidden9"], "no split 'hidden9': expected some of input, hidden1, hidden2"),
+        (["--sets", "valid"], "invalid choice: 'valid'"),
+        (["-w", "0"], "--widths: expected a number of at least 1, got 0"),
+        (["-w", "4", "-3"], "--widths: expected a number of at least 1, got -3"),
+        (["-b", "0"], "--batch-size: expected a number of at least 1, got 0"),
+        (["-lr", "-0.1"], "--learning-rate: expected a number above 0, got -0.1"),
+        (["-lr", "nan"], "--learning-rate: expected a number above 0, got nan"),
+        (["-lr", "inf"], "--learning-rate: expected a number below 2^63, got inf"),
+        (["--epochs", "0"], "--epochs: expected a number of at least 1, got 0"),
+        (["--epochs", "2.5"], "--epochs: invalid int value: '2.5'"),
+        (["--seed", "9" * 20], "--seed: expected a number below 2^63, got 999"),
+        (["--dib-epochs", "0"], "--dib-epochs: expected a number of at least 1, got 0"),
+        (["--labelings", "0"], "--labelings: expected a number of at least 1, got 0"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--device", "gpu"], "--device gpu cannot be used here"),
+        (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),
+        (["--run-dir", "/proc/nowhere"], "--run-dir /proc/nowhere cannot be written"),
+    ],
+)
+def test_refuses_on_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--device", "cuda", "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "--device cuda cannot be used here" in capsys.readouterr().err
+
+
+def test_from_a_shell_with_every_short_flag(tmp_path):
+    command = f"{sys.executable} {ROOT}/train.py -m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --epochs 1"
+    done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""  # no bar where the output is no terminal
+    assert done.stdout.splitlines()[-1].startswith("done: the run is in runs/MLP-SZT-seed0")
+    hparams = json.loads((tmp_path / "runs/MLP-SZT-seed0/hparams.json").read_text())
+    assert (hparams["optimizer"], hparams["batch_size"], hparams["learning_rate"]) == ("SGD", 500, 0.01)
