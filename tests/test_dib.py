@@ -63,7 +63,7 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, fo
     torch.manual_seed(0)
     split, model, epochs = toy(shape=shape), build(), 20
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
-    heads = [build()[k:] for _ in targets]
+    heads = [build()[k:].eval() for _ in targets]
     z = model[:k](split.x).detach()
     loss, drop = dib.train(heads, z.__getitem__, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
     assert set(used) == {forward}, f"the heads took the path {used}"

@@ -61,15 +61,16 @@ def test_nearly_collinear_means(offset):
     assert value == pytest.approx(dense(split.x, y, 3), rel=1e-4)
 
 
-def test_rank_ignores_rounding():
-    """Float32 features that were multiplied out of a plane and moved by 100 still have means of rank 2."""
-    split = clusters(2000, 2, 6, spread=0.1)
-    plane = split.x @ torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
-    expected = of(Toy(split.x, split.labels), 6)
-    for offset in (0, 100):
-        dim, rank, value = of(Toy(plane + offset, split.labels), 6)
-        assert (dim, rank) == (40, 2)
-        assert value == pytest.approx(expected[2], rel=1e-4)  # linear maps of full rank leave the trace as it is
+@pytest.mark.parametrize(("N", "offset"), [(30, 0), (2000, 0), (2000, 100)])
+def test_rank_ignores_rounding(N, offset):
+    """Float32 features that were multiplied out of a plane, and moved by 100, still have means of rank 2."""
+    split, g = clusters(N, 2, 6, spread=0.1), torch.Generator().manual_seed(0)
+    h = split.x
+    for fan_in, fan_out in ((2, 1000), (1000, 1000), (1000, 1000), (1000, 40)):
+        h = h @ torch.randn(fan_in, fan_out, generator=g) / fan_in**0.5
+    dim, rank, value = of(Toy(h + offset, split.labels), 6)
+    assert (dim, rank) == (40, 2)
+    assert value == pytest.approx(of(split, 6)[2], rel=1e-4)  # linear maps of full rank leave the trace as it is
 
 
 def test_batch_size_order_rotation_and_offset_change_nothing():
