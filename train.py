@@ -117,7 +117,7 @@ def choose_splits(model: nn.Sequential, names: list[str] | None) -> list[str]:
 
 def start_run(folder: Path, hparams: dict) -> None:
     """Make the folder, the CSVs with their headers, and hparams.json. Raises ValueError where a run is already."""
-    if (folder / "hparams.json").exists():
+    if any((folder / name).exists() for name in ("hparams.json", "checkpoint.pt", *COLUMNS)):
         raise ValueError(f"{folder} already holds a run, which is kept: choose another --run-dir or --seed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
