@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train plots test lint
+.PHONY: help venv train plots test check-gpu lint
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT ARGS="--epochs 5" (ARGS=--help: every flag)
 	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) $(ARGS)
@@ -17,6 +17,9 @@ plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
 
 test: $(VENV) ## the tests
 	.venv/bin/python -m pytest $(ARGS)
+
+check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
+	$(PYTHON) -m pytest -m cuda -rs $(ARGS)
 
 lint: $(VENV) ## check the style
 	.venv/bin/ruff check .

@@ -13,13 +13,15 @@ NeurIPS 2020, arXiv 2009.12789). Heads that have not settled understate it: `dro
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import stack_module_state
 from tqdm import tqdm
 
 from relabel import relabel
@@ -54,24 +56,26 @@ def measure(
     """The trained heads of the split at k: the original labels first, then every digit of every enumeration.
 
     split: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly as
-    at construction, from torch's global CPU generator, which is seeded here and put back. optimizer makes an optimizer,
+    at construction, from torch's global generators, which are seeded here and put back. optimizer makes an optimizer,
     which must act elementwise (SGD, Adam, AdamW), of a list of parameters. labelings counts the enumerations of each
     class: the first in data order, the others in random orders that depend on seed alone. The heads' initial weights
     and batches depend on seed, model_epoch and k. All heads see the same batches; each becomes what it would be alone.
     The model, its modes and gradients and all global random states are left as they were.
-    Raises ValueError for epochs or labelings below 1 and for what relabel refuses.
+    Raises ValueError for epochs or labelings below 1, a k that leaves no decoder, and what relabel refuses.
     """
     for name, value in {"epochs": epochs, "labelings": labelings}.items():
         if value < 1:
             raise ValueError(f"DIB: {name} must be at least 1, got {value}")
+    if not 0 <= k < len(model):
+        raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
     device = split.labels.device
     keys, targets = label(split.labels, num_classes, labelings, seed)
     encode = _encoder(model, k, split, batch_size, keep_bytes)
     draws = int(np.random.SeedSequence((seed, model_epoch, k)).generate_state(1)[0])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(draws)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(draws)
         heads = [fresh()[k:].to(device) for _ in keys]
-    loss, drop = train(heads, encode, targets, optimizer, epochs, batch_size, torch.Generator().manual_seed(draws))
+        loss, drop = train(heads, encode, targets, optimizer, epochs, batch_size, torch.Generator().manual_seed(draws))
     entropies = [entropy(target, num_classes) for target in targets]
     return [Head(*key, *values) for key, *values in zip(keys, entropies, loss.tolist(), drop.tolist(), strict=True)]
 
@@ -106,28 +110,34 @@ def train(
 ) -> tuple[Tensor, Tensor]:
     """Train head j on the encodings encode(indices) and targets[j] (N,); final loss and drop of each, (heads,) float64.
 
-    One optimizer holds the parameters of all heads, stacked. Summing their losses gives each head its own gradients.
+    One optimizer holds the parameters of all heads. Summing their losses gives each head its own gradients.
     """
     H, N = targets.shape
-    params, buffers = stack_module_state(heads)
-    decoder, forward = heads[0], (batched if is_plain(heads[0]) else one_by_one)
-    stepper = optimizer([p for p in params.values() if p.requires_grad])
+    if is_plain(heads[0]):
+        params, _ = stack_module_state(heads)  # plain heads have no buffers
+        forward, trained = partial(batched, heads[0], params), params.values()
+    else:
+        forward, trained = partial(one_by_one, heads), [p for head in heads for p in head.parameters()]
+    stepper = optimizer([p for p in trained if p.requires_grad])
 
     def losses(indices: Tensor) -> Tensor:
-        logits = forward(decoder, params, buffers, encode(indices))  # (H, C, B)
+        logits = forward(encode(indices))  # (H, C, B)
         return F.cross_entropy(logits, targets[:, indices], reduction="none").mean(1)  # (H,)
 
-    decoder.train()
+    for head in heads:
+        head.train()
     running = torch.zeros(epochs, H, dtype=torch.float64, device=targets.device)
     for epoch in tqdm(range(epochs), "DIB heads", leave=False, disable=None, delay=1):
-        for indices in torch.randperm(N, generator=generator).to(targets.device).split(batch_size):
+        order = torch.randperm(N, generator=generator).to(targets.device)
+        for indices in order.tensor_split(ceil(N / batch_size)):  # even: BatchNorm can't train on a leftover of one
             loss = losses(indices)
             stepper.zero_grad()
             loss.sum().backward()
             stepper.step()
             running[epoch] += loss.detach() * len(indices) / N
 
-    decoder.eval()
+    for head in heads:
+        head.eval()
     final = torch.zeros(H, dtype=torch.float64, device=targets.device)
     with torch.no_grad():
         for indices in torch.arange(N, device=targets.device).split(batch_size):
@@ -138,13 +148,18 @@ def train(
 
 
 def is_plain(decoder: nn.Sequential) -> bool:
-    """Whether batched can run the decoder: linear layers and elementwise functions one after another."""
-    layers = [m for m in decoder.modules() if not isinstance(m, nn.Sequential)]
-    return all(isinstance(m, (nn.Linear, *ELEMENTWISE)) for m in layers[isinstance(layers[0], nn.Flatten) :])
+    """Whether batched can run the decoder: linear layers and elementwise functions one after another, each once."""
+    layers = [m for _, m in decoder.named_modules(remove_duplicate=False) if not isinstance(m, nn.Sequential)]
+    return len(set(layers)) == len(layers) and all(
+        isinstance(m, (nn.Linear, *ELEMENTWISE)) for m in layers[isinstance(layers[0], nn.Flatten) :]
+    )
 
 
-def batched(decoder: nn.Sequential, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Logits (H, C, B) of plain heads on the encodings x (B, ...): the products of all heads at once, samples last."""
+def batched(decoder: nn.Sequential, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Logits (H, C, B) of plain heads on the encodings x (B, ...): the products of all heads at once, samples last.
+
+    decoder: any of the heads, for its layers; params: their parameters, stacked along a first dimension H.
+    """
     z = x.flatten(1).T  # (d, B), the same for all heads
     for name, layer in decoder.named_modules():
         if isinstance(layer, nn.Linear):
@@ -156,13 +171,16 @@ def batched(decoder: nn.Sequential, params: dict[str, Tensor], buffers: dict[str
     return z
 
 
-def one_by_one(decoder: nn.Sequential, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Logits (H, C, B) of any heads on the encodings x (B, ...): the plain reference, a loop over the heads."""
-    names, tensors = params.keys(), zip(*(p.unbind() for p in params.values()), strict=True)
-    logits = []
-    for j, head in enumerate(tensors):
-        state = dict(zip(names, head, strict=True)) | {name: b[j] for name, b in buffers.items()}
-        logits.append(functional_call(decoder, state, (x,)).T)
+def one_by_one(heads: list[nn.Sequential], x: Tensor) -> Tensor:
+    """Logits (H, C, B) of any heads on the encodings x (B, ...): the plain reference, a loop over the heads.
+
+    Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw.
+    """
+    source = torch.cuda if x.is_cuda else torch
+    state, logits = source.get_rng_state(), []
+    for head in heads:
+        source.set_rng_state(state)
+        logits.append(head(x.clone()).T)  # a copy: the first layer may work in place
     return torch.stack(logits)
 
 
@@ -175,7 +193,10 @@ def _encoder(model: nn.Sequential, k: int, split, batch_size: int, keep_bytes: i
         return encoder(split.batch(indices)[0])
 
     everything = torch.arange(len(split), device=split.labels.device)
-    if len(split) * encode(everything[:1]).nbytes > keep_bytes:
+    one = encode(everything[:1])
+    if len(split) * one.nbytes > keep_bytes:
         return encode
-    kept = torch.cat([encode(indices) for indices in everything.split(batch_size)])
+    kept = one.new_empty(len(split), *one.shape[1:])
+    for indices in everything.split(batch_size):
+        kept[indices] = encode(indices)
     return lambda indices: kept[indices]

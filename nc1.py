@@ -45,8 +45,8 @@ def measure(
     value has no unit; it is NaN where the rank is 0: class means that coincide have no NC1. Sums are float64 and agree
     with the dense formula whatever the batch size. Activations of the deepest taps are kept for the second pass as far
     as keep_bytes allows; for the others the model runs again, no deeper than needed.
-    Raises ValueError for a class with no samples, labels outside 0 .. C - 1, a tap not called exactly once, and
-    activations that are not finite.
+    Raises ValueError for a class with no samples, labels outside 0 .. C - 1, a tap not called exactly once or
+    overwritten in place, and activations that are not finite.
     """
     counts = _class_counts(split.labels, num_classes)
     modes = [(module, module.training) for module in model.modules()]
@@ -72,7 +72,7 @@ def measure(
 
 
 def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tuple[dict, dict]:
-    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y), ...]} for the taps kept."""
+    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y, version of h), ...]} for those kept."""
     sums, kept = {}, {}
     for tap, h in reversed(_probe(model, taps, split).items()):
         sums[tap] = torch.zeros(num_classes, h.shape[1], dtype=torch.float64, device=h.device)
@@ -83,9 +83,9 @@ def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tupl
     def visit(tap: str, h: Tensor, y: Tensor) -> None:
         add_class_sums(sums[tap], h, y)
         if tap in kept:
-            kept[tap].append((h, y))
+            kept[tap].append((h, y, h._version))
 
-    _visit(model, taps, split, _batches(split, batch_size, "NC1 class means"), visit, deepest=next(iter(sums)))
+    _visit(model, taps, split, _batches(split, batch_size, "NC1 class means"), visit, deepest=next(iter(sums), None))
     return sums, kept
 
 
@@ -97,7 +97,9 @@ def _second_pass(model, taps, split, batch_size, kept, means, projections) -> di
         totals[tap] += squared_distances(h, y, means[tap], projections[tap])
 
     for tap, batches in kept.items():
-        for h, y in batches:
+        for h, y, version in batches:
+            if h._version != version:
+                raise ValueError(f"NC1: layer {tap!r} has its output overwritten by a layer that works in place")
             visit(tap, h, y)
     again = {tap: taps[tap] for tap in means if tap not in kept}
     if again:

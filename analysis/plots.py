@@ -1,8 +1,6 @@
-"""Draw the figures of a run from its CSVs into the run's folder figures/, each as PNG and PDF.
+"""Draw the figures of a run from its CSVs into the run's folder figures/, each as PNG and PDF."""
 
-python analysis/plots.py [RUN]        RUN: the run's folder; by default the newest under runs/
-"""
-
+import argparse
 import sys
 from itertools import pairwise
 from math import log
@@ -12,8 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -32,8 +32,11 @@ STYLE = {
 COLUMNS = {
     "epochs": ["epoch", "set", "loss", "accuracy"],
     "nc1": ["epoch", "set", "layer", "nc1"],
-    "dib": ["epoch", "set", "split", "permutation", "labeling", "entropy", "loss"],
+    "dib": ["epoch", "set", "split", "labeling", "entropy", "loss", "drop"],
 }
+VIRIDIS = ListedColormap(
+    matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256))
+)  # without the yellow, faint on paper
 MARKERS = "osD^v<>Pph*X"
 INPUT = "input"  # the split without encoder, measured once
 
@@ -77,7 +80,7 @@ def information(dib: pd.DataFrame) -> pd.DataFrame:
 
 def styles(names: list[str]) -> dict[str, dict]:
     """A colour (dark to light with depth, also in grey) and a marker for each layer."""
-    colours = plt.get_cmap("viridis")([0.9 * i / max(1, len(names) - 1) for i in range(len(names))])
+    colours = VIRIDIS(np.linspace(0, 1, len(names)))
     return {
         name: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
         for i, (name, colour) in enumerate(zip(names, colours, strict=True))
@@ -123,13 +126,15 @@ def draw_nc1(nc1: pd.DataFrame, title: str) -> Figure:
         for layer, style in styles(list(nc1["layer"].unique())).items():
             line = part[part["layer"] == layer]
             axis.plot(line["epoch"], line["nc1"], label=layer, markevery=marks(line["epoch"]), **style)
-        axis.set_yscale("log")
+        if (part["nc1"] > 0).any():
+            axis.set_yscale("log")
     axes[0, 0].set_ylabel(r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="layer")
     return fig
 
 
-def draw_information(info: pd.DataFrame, title: str) -> Figure:
+def draw_information(info: pd.DataFrame, drop: pd.Series, title: str) -> Figure:
+    """Minimality above sufficiency; drop, of every head in nats, tells below how settled the heads were."""
     measures = ("minimality", "sufficiency")
     fig, axes = panels(2, list(info["set"].unique()), title)
     layers = [s for s in info["split"].unique() if s != INPUT]
@@ -140,6 +145,10 @@ def draw_information(info: pd.DataFrame, title: str) -> Figure:
             for split, style in styles(layers).items():
                 line = part[part["split"] == split]
                 axis.plot(line["epoch"], line[measure], label=split, markevery=marks(line["epoch"]), **style)
+            if axis.get_ylim()[0] < 0:
+                axis.axhspan(axis.get_ylim()[0], 0, color="0.92", zorder=0)  # no information: heads trained too little
+    still = f"median {drop.median() / log(2):.2g}, largest {drop.max() / log(2):.2g} bits"
+    fig.supxlabel(f"loss of the heads, still falling over the last tenth of their epochs: {still}", fontsize="small")
     for measure, axis in zip(measures, axes[:, 0], strict=True):
         axis.set_ylabel(f"{measure} (bits)")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="encoder up to")
@@ -161,10 +170,10 @@ def draw_plane(info: pd.DataFrame, title: str) -> Figure:
             points = line[["minimality", "sufficiency"]].to_numpy()
             segments = list(pairwise(points))
             axis.add_collection(
-                LineCollection(segments, array=line["epoch"][1:], norm=norm, cmap="viridis", linewidth=1.2)
+                LineCollection(segments, array=line["epoch"][1:], norm=norm, cmap=VIRIDIS, linewidth=1.2)
             )
             sizes = [12] * (len(line) - 1) + [60]
-            dots = axis.scatter(*points.T, c=line["epoch"], norm=norm, cmap="viridis", s=sizes, marker=marker, zorder=2)
+            dots = axis.scatter(*points.T, c=line["epoch"], norm=norm, cmap=VIRIDIS, s=sizes, marker=marker, zorder=2)
             axis.scatter([], [], color="black", marker=marker, s=30, label=split)
         axis.set(title=f"{name} set", xlabel="minimality (bits)")
     axes[0, 0].set_ylabel("sufficiency (bits)")
@@ -174,15 +183,17 @@ def draw_plane(info: pd.DataFrame, title: str) -> Figure:
     return fig
 
 
-def main(arguments: list[str]) -> None:
-    run = Path(arguments[0]) if arguments else newest()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="?", type=Path, help="the run's folder (the newest under runs/)")
+    run = parser.parse_args(arguments).run or newest()
     tables = read(run)
     figures = {"training": draw_training(tables["epochs"], f"Loss and accuracy: {run.name}")}
     if not tables["nc1"].empty:
         figures["nc1"] = draw_nc1(tables["nc1"], f"Neural collapse: {run.name}")
     if not tables["dib"].empty:
         info = information(tables["dib"])
-        figures["information"] = draw_information(info, f"Decodable information: {run.name}")
+        figures["information"] = draw_information(info, tables["dib"]["drop"], f"Decodable information: {run.name}")
         figures["plane"] = draw_plane(info, f"Information plane: {run.name}")
     folder = run / "figures"
     folder.mkdir(exist_ok=True)
@@ -195,7 +206,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         with plt.rc_context(STYLE):
-            main(sys.argv[1:])
+            main()
     except ValueError as error:
         print(f"plots.py: error: {error}", file=sys.stderr)
         sys.exit(2)

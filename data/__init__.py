@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import images, szt
+from data.stratify import choose
 
 SOURCES: dict[str, Callable[[str, bool], tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {
     "SZT": szt.load,
@@ -27,7 +28,9 @@ class Split:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs as float32, normalised if they are images, and the labels of the samples named by indices."""
         x = self.inputs[indices]
-        return (x if x.is_floating_point() else (x - self.mean) / self.std), self.labels[indices]
+        if not x.is_floating_point():
+            x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return x, self.labels[indices]
 
 
 @dataclass
@@ -38,14 +41,31 @@ class Dataset:
     input_shape: tuple[int, ...]
 
 
-def load(name: str, root: str = "datasets", device: torch.device | str = "cpu", download: bool = False) -> Dataset:
+def load(
+    name: str,
+    root: str = "datasets",
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    train_size: int | None = None,
+) -> Dataset:
     """The data set `name` on `device`; files are looked for under `root`, and fetched there only if `download` is set.
 
-    Raises ValueError for an unknown name and for files that are missing or not intact.
+    train_size: so many training samples instead of all, as many of each class, a fixed choice in data order.
+    Raises ValueError for an unknown name, for files that are missing or not intact, and for a train_size that is not a
+    multiple of the number of classes or that a class cannot fill.
     """
     if name not in SOURCES:
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
     x_train, y_train, x_test, y_test, num_classes = SOURCES[name](root, download)
+    if train_size is not None:
+        each, rest = divmod(train_size, num_classes)
+        most = num_classes * torch.bincount(y_train, minlength=num_classes).min().item()
+        if rest or not 0 < train_size <= most:
+            raise ValueError(
+                f"the training size of {name} must be a multiple of {num_classes} up to {most}, got {train_size}"
+            )
+        chosen = choose(y_train, [each] * num_classes)
+        x_train, y_train = x_train[chosen], y_train[chosen]
     mean, std = _moments(x_train)
     train, test = (Split(*(t.to(device) for t in (x, y, mean, std))) for x, y in ((x_train, y_train), (x_test, y_test)))
     return Dataset(train, test, num_classes, tuple(x_train.shape[1:]))

@@ -15,6 +15,7 @@ FACTS = {
     "FashionMNIST": ((1, 28, 28), 60_000, 10_000),
     "MNIST": ((1, 28, 28), 60_000, 10_000),
 }
+FOLDERS = {"CIFAR10": "cifar-10-batches-py", "FashionMNIST": "FashionMNIST/raw", "MNIST": "MNIST/raw"}
 
 
 def load(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -26,17 +27,26 @@ def load(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    place = os.path.abspath(root)
+    place = os.path.abspath(os.path.join(root, FOLDERS[name]))
     try:
         source = getattr(torchvision.datasets, name)(root, train=train, download=download)
     # what torchvision raises for files that are absent, fail their MD5, are truncated or are something else
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        pickle.PickleError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if download:
-            raise ValueError(f"{name} could not be downloaded into {place}: {reason}") from error
+            raise ValueError(f"{name} could not be downloaded to {place}: {reason}") from error
         raise ValueError(
             f"{name} was not found intact in {place} ({reason}): "
-            "run once with --download, or name the folder that holds it with --data-dir"
+            f"run once with --download, or name the folder that holds {FOLDERS[name]} with --data-dir"
         ) from error
     x, y = torch.as_tensor(np.asarray(source.data)), torch.as_tensor(np.asarray(source.targets))
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()  # (N, channels, height, width)

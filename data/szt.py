@@ -1,8 +1,9 @@
 """SZT: the 4096 patterns of Shwartz-Ziv & Tishby (2017, arXiv 1703.00810), regenerated from their rule."""
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from data.stratify import choose
 
 TEST_SHARE = 0.15
 
@@ -27,13 +28,8 @@ def patterns() -> tuple[Tensor, Tensor]:
 def load(root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Train inputs and labels, test inputs and labels, number of classes. Nothing is read: the rule is the data set.
 
-    85 % of each class is for training, drawn once and for all; both sets keep the binary order. RandomState's
-    stream is frozen by numpy (NEP 19), so every version draws the same split.
+    85 % of each class is for training, drawn once and for all; both sets keep the binary order.
     """
     x, y = patterns()
-    shuffled = np.random.RandomState(0).permutation(len(y))
-    test = torch.zeros(len(y), dtype=torch.bool)
-    for c in range(2):
-        members = torch.from_numpy(shuffled[y[shuffled].numpy() == c])
-        test[members[: round(TEST_SHARE * len(members))]] = True
+    test = choose(y, [round(TEST_SHARE * n) for n in torch.bincount(y).tolist()])
     return x[~test], y[~test], x[test], y[test], 2

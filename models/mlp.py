@@ -4,13 +4,14 @@ from math import prod
 
 from torch import nn
 
+WIDTHS = (10, 7, 5, 4, 3)
 NONLINEARITIES = {f.__name__: f for f in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)}
 
 
 def build(
     input_shape: tuple[int, ...],
     num_classes: int,
-    widths: tuple[int, ...] = (10, 7, 5, 4, 3),
+    widths: tuple[int, ...] = WIDTHS,
     nonlinearity: str = "ReLU",
 ) -> nn.Sequential:
     """flatten, then hidden1 .. hiddenL (linear layer and nonlinearity), then a linear classifier.

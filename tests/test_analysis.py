@@ -64,7 +64,7 @@ def test_axes_have_titles_and_units(folder):
         {axis.get_ylabel() for axis in figure.axes} | {axis.get_xlabel() for axis in figure.axes}
         for figure in (
             plots.draw_training(tables["epochs"], ""),
-            plots.draw_information(info, ""),
+            plots.draw_information(info, tables["dib"]["drop"], ""),
             plots.draw_plane(info, ""),
         )
     ]

@@ -34,6 +34,22 @@ def test_szt_split_is_fixed_stratified_and_in_binary_order():
     assert digest == "be954f6bb909cd2a7323033410c6e088f85e6ae3272f95f6060ac9152f3a7239"
 
 
+def test_train_size_is_stratified_and_fixed(monkeypatch):
+    y = torch.tensor([0, 1, 1, 0, 2, 1, 0, 2, 2, 1])
+    x = torch.arange(10).float()[:, None]
+    monkeypatch.setitem(data.SOURCES, "toy", lambda root, download: (x, y, x, y, 3))
+    a, b = (data.load("toy", train_size=6) for _ in range(2))
+    assert torch.bincount(a.train.labels).tolist() == [2, 2, 2]
+    kept = a.train.inputs[:, 0].long()
+    assert (kept.diff() > 0).all()  # data order
+    assert torch.equal(a.train.labels, y[kept])
+    assert torch.equal(a.train.inputs, b.train.inputs)
+    assert len(a.test) == 10
+    for size in (0, 4, 12):
+        with pytest.raises(ValueError, match=f"the training size of toy must be a multiple of 3 up to 9, got {size}"):
+            data.load("toy", train_size=size)
+
+
 def test_a_batch_is_an_index():
     split = data.load("SZT").train
     x, y = split.batch(torch.tensor([5, 0]))
@@ -91,7 +107,8 @@ def test_cifar_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", images.FACTS)
 def test_missing_files_say_what_to_run_and_where_they_are_looked_for(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} was not found intact in {tmp_path} .*--download.*--data-dir"):
+    folder = tmp_path / images.FOLDERS[name]
+    with pytest.raises(ValueError, match=f"{name} was not found intact in {folder} .*--download.*--data-dir"):
         data.load(name, str(tmp_path))
 
 
@@ -102,9 +119,10 @@ def test_truncated_and_short_files(tmp_path, monkeypatch):
     ):
         data.load("MNIST", str(tmp_path))
     file = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="MNIST was not found intact"):
-        data.load("MNIST", str(tmp_path))
+    for content in (file.read_bytes()[:5000], b"", bytes(5000), b"<html>404</html>", b"\0\0\x0d\x03" + bytes(5000)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="MNIST was not found intact"):
+            data.load("MNIST", str(tmp_path))
 
 
 def test_unknown_name():

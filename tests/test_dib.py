@@ -1,3 +1,4 @@
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import dib
 import models
@@ -13,6 +15,7 @@ from relabel import relabel
 from tests.toys import Toy, clusters
 
 SGD = partial(torch.optim.SGD, lr=0.1)
+SHARED = nn.ReLU()
 
 
 def plain() -> nn.Sequential:
@@ -22,6 +25,11 @@ def plain() -> nn.Sequential:
 def convolutional() -> nn.Sequential:
     conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3))
     return nn.Sequential(conv, nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+def drawing() -> nn.Sequential:
+    """Stochastic depth, as in ConvNeXt, and dropout draw at every training step."""
+    return nn.Sequential(nn.Linear(6, 6), StochasticDepth(0.4, "row"), nn.Dropout(0.2), nn.Linear(6, 3)).double()
 
 
 def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
@@ -35,7 +43,7 @@ def alone(head: nn.Sequential, z: torch.Tensor, target: torch.Tensor, epochs: in
     head.train()
     for _ in range(epochs):
         total = 0.0
-        for i in torch.randperm(len(z), generator=generator).split(batch_size):
+        for i in torch.randperm(len(z), generator=generator).tensor_split(math.ceil(len(z) / batch_size)):
             loss = F.cross_entropy(head(z[i]), target[i])
             optimizer.zero_grad()
             loss.backward()
@@ -52,6 +60,7 @@ def alone(head: nn.Sequential, z: torch.Tensor, target: torch.Tensor, epochs: in
         (plain, (6,), 2, "batched"),
         (convolutional, (1, 5, 5), 0, "one_by_one"),
         (convolutional, (1, 5, 5), 1, "batched"),
+        (drawing, (6,), 0, "one_by_one"),
     ],
 )
 def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, forward, monkeypatch):
@@ -61,24 +70,27 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, fo
         path = getattr(dib, name)
         monkeypatch.setattr(dib, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
     torch.manual_seed(0)
-    split, model, epochs = toy(shape=shape), build(), 20
+    split, model, epochs = toy(shape=shape), build(), 30
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
     heads = [build()[k:].eval() for _ in targets]
+    starts = copy.deepcopy(heads)
     z = model[:k](split.x).detach()
+    torch.manual_seed(7)
     loss, drop = dib.train(heads, z.__getitem__, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
     assert set(used) == {forward}, f"the heads took the path {used}"
-    for j, head in enumerate(heads):  # train left the modules themselves untouched: the same start
+    for j, head in enumerate(starts):
+        torch.manual_seed(7)
         final, running = alone(head, z, targets[j], epochs, 40, torch.Generator().manual_seed(5))
         assert loss[j].item() == pytest.approx(final, rel=1e-9)
-        assert drop[j].item() == pytest.approx(running[-3] - running[-1], abs=1e-9)
+        assert drop[j].item() == pytest.approx(running[-4] - running[-1], abs=1e-9)
 
 
 def test_batched_agrees_with_one_by_one():
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
-    params, buffers = torch.func.stack_module_state([head.double() for head in heads])
+    params, _ = torch.func.stack_module_state([head.double() for head in heads])
     x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-    a, b = (forward(heads[0], params, buffers, x) for forward in (dib.batched, dib.one_by_one))
+    a, b = dib.batched(heads[0], params, x), dib.one_by_one(heads, x)
     assert a.shape == (4, 3, 7)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(a[2], heads[2](x).T, rtol=1e-12, atol=1e-12)
@@ -87,6 +99,7 @@ def test_batched_agrees_with_one_by_one():
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
+        ([nn.Linear(3, 3), SHARED, nn.Linear(3, 3), SHARED], False),
         ([nn.Linear(4, 3)], True),
         ([nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.ReLU())], True),
         ([nn.Linear(4, 3), nn.Flatten()], False),
@@ -151,6 +164,16 @@ def test_loss_is_exact_whatever_the_batches():
     assert all(math.isnan(h.drop) for h in a)
 
 
+def test_encodings_are_computed_once_if_they_fit():
+    split, model, calls = toy(), plain(), []
+    model.hidden1.register_forward_hook(lambda *_: calls.append(1))
+    measure(split, model=model, epochs=5, batch_size=45)
+    assert len(calls) == 1 + 2  # one sample to see the size, then two batches
+    calls.clear()
+    measure(split, model=model, epochs=5, batch_size=45, keep_bytes=0)
+    assert len(calls) == 1 + 5 * 2 + 2  # at every step, and for the final loss
+
+
 def test_encodings_kept_or_recomputed():
     split = toy()
     assert [h.loss for h in measure(split)] == pytest.approx([h.loss for h in measure(split, keep_bytes=0)], rel=1e-12)
@@ -163,21 +186,52 @@ def test_repeats_and_draws_anew_with_seed_and_epoch():
     assert measure(split) != measure(split, model_epoch=1)
 
 
-def test_leaves_everything_as_it_was():
-    split = toy(shape=(1, 5, 5))
+def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
+    starts = []
+    monkeypatch.setattr(dib, "train", lambda heads, *_: starts.extend(heads) or (torch.zeros(len(heads)),) * 2)
+    for k in (2, 3):
+        measure(toy(), k)
+    weights = [head.classifier.weight for head in starts]
+    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():
+    heads = [nn.Sequential(nn.ELU(inplace=True), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval() for _ in range(2)]
+    x = torch.randn(5, 6)
+    expected = [head(x.clone()).T for head in heads]
+    torch.testing.assert_close(dib.one_by_one(heads, x), torch.stack(expected))
+
+
+@pytest.mark.parametrize("build", [convolutional, drawing])
+def test_leaves_everything_as_it_was(build):
+    split = toy(shape=(1, 5, 5) if build is convolutional else (6,))
     torch.manual_seed(0)
-    model = convolutional().train()
+    model = build().train()
     model(split.x).sum().backward()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [p.grad.clone() for p in model.parameters()]
     torch.manual_seed(11)
     random = torch.get_rng_state()
-    dib.measure(model, 1, split, 3, convolutional, SGD, epochs=2)
+    heads = dib.measure(model, 1, split, 3, build, SGD, epochs=2)
+    assert heads == dib.measure(model, 1, split, 3, build, SGD, epochs=2)
     assert torch.equal(random, torch.get_rng_state())
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("build", "shape", "k"), [(plain, (6,), 2), (convolutional, (1, 5, 5), 0)])
+def test_on_cuda_as_on_the_cpu(build, shape, k):
+    """In float64, from the same start and on the same batches, which are drawn on the CPU for both."""
+    split, model = toy(shape=shape), build()
+    expected = dib.measure(model, k, split, 3, build, SGD, epochs=5, batch_size=40, labelings=2)
+    on_cuda = Toy(split.x.cuda(), split.labels.cuda())
+    random = torch.cuda.get_rng_state()
+    got = dib.measure(model.cuda(), k, on_cuda, 3, build, SGD, epochs=5, batch_size=40, labelings=2)
+    assert [h.loss for h in got] == pytest.approx([h.loss for h in expected], rel=1e-6)
+    assert torch.equal(random, torch.cuda.get_rng_state())
 
 
 def test_encoder_runs_in_eval_mode():
@@ -189,6 +243,12 @@ def test_encoder_runs_in_eval_mode():
         for size in (len(split), 7)
     )
     assert a == pytest.approx(b, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_refuses_a_split_without_decoder(k):
+    with pytest.raises(ValueError, match=rf"k must lie in 0\.\.3, so that a decoder is left, got {k}"):
+        measure(toy(), k)
 
 
 @pytest.mark.parametrize("bad", [{"epochs": 0}, {"labelings": 0}])

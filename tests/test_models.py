@@ -1,37 +1,180 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
 
+import dib
 import models
+from models import cifarnet
+from tests.toys import clusters
+
+COLOUR, GREY = (3, 32, 32), (1, 28, 28)
+CONVOLUTIONAL = [name for name in models.ARCHITECTURES if name != "MLP"]
+CASES = [("MLP", (12,)), *((name, shape) for name in models.ARCHITECTURES for shape in (COLOUR, GREY))]
 
 
-def test_mlp_is_named_blocks():
+def images(shape: tuple[int, ...], n: int = 2) -> torch.Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("MLP", (12,), (12 * 10 + 10) + (10 * 7 + 7) + (7 * 5 + 5) + (5 * 4 + 4) + (4 * 3 + 3) + (3 * 10 + 10)),
+        ("MNISTNet", GREY, 215_194),
+        ("CIFARNet", COLOUR, 1_971_640),
+        ("ResNet", COLOUR, 11_181_642),
+        ("ConvNeXt", COLOUR, 27_827_818),
+    ],
+)
+def test_parameter_counts(name, shape, parameters):
+    assert sum(p.numel() for p in models.build(name, shape, 10).parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "taps", "splits"),
+    [
+        ("MLP", [f"hidden{i}" for i in range(1, 6)], [f"hidden{i}" for i in range(1, 6)]),
+        ("MNISTNet", ["conv1", "conv2", "hidden1"], ["conv1", "conv2", "hidden1"]),
+        ("CIFARNet", ["group1", "group2", "group3", "pool"], ["group1", "group2", "group3"]),
+        ("ResNet", [*(f"block{i}" for i in range(1, 9)), "pool"], ["block2", "block4", "block6", "block8"]),
+        ("ConvNeXt", [*(f"block{i}" for i in range(1, 19)), "pool"], ["block3", "block6", "block15", "block18"]),
+    ],
+)
+def test_names_of_taps_and_splits(name, taps, splits):
+    model = models.build(name, COLOUR, 10)
+    assert list(models.taps(model)) == taps
+    assert list(models.splits(model)) == ["input", *splits]
+    blocks = [block for block, _ in model.named_children()]
+    every = models.splits(model, ["input", *blocks[:-1]])
+    assert list(every.values()) == list(range(len(blocks)))  # input is 0, the last block leaves no decoder
+    assert all(blocks[k - 1] == block for block, k in every.items() if k)
+    with pytest.raises(ValueError, match=r"no split 'classifier': expected some of input"):
+        models.splits(model, ["classifier"])
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_encoder_then_decoder_is_the_model_and_taps_fire_once_in_order(name, shape):
+    torch.manual_seed(0)
+    model, x, fired = models.build(name, shape, 10).eval(), images(shape), []
+    for tap, module in models.taps(model).items():
+        module.register_forward_hook(lambda *_, tap=tap: fired.append(tap))
+    with torch.no_grad():
+        out = model(x)
+        assert out.shape == (2, 10)
+        assert fired == list(models.taps(model))
+        for k in range(len(model)):
+            assert torch.equal(model[k:](model[:k](x)), out)
+
+
+def test_mlp_blocks():
     model = models.build("MLP", (1, 4, 3), 5, widths=(7, 6), nonlinearity="Tanh")
     assert [name for name, _ in model.named_children()] == ["flatten", "hidden1", "hidden2", "classifier"]
-    assert list(models.taps(model)) == ["hidden1", "hidden2"]
-    assert models.splits(model) == {"input": 0, "hidden1": 2, "hidden2": 3}
     assert [type(m) for m in model.hidden2] == [nn.Linear, nn.Tanh]
-    assert sum(p.numel() for p in model.parameters()) == (12 * 7 + 7) + (7 * 6 + 6) + (6 * 5 + 5)
+    assert (model.hidden1[0].in_features, model.hidden1[0].out_features) == (12, 7)
+    assert isinstance(models.build("MLP", (12,), 2).hidden1[1], nn.ReLU)
 
 
-def test_default_widths_are_the_papers():
-    model = models.build("MLP", (12,), 2)
-    assert [model.get_submodule(f"hidden{i}")[0].out_features for i in range(1, 6)] == [10, 7, 5, 4, 3]
-    assert isinstance(model.hidden1[1], nn.ReLU)
+def of_resnet(name: str) -> str:
+    top, _, rest = name.partition(".")
+    if top.startswith("layer"):
+        j, _, rest = rest.partition(".")
+        return f"block{2 * (int(top[-1]) - 1) + int(j) + 1}.{rest}"
+    return {"conv1": "stem.0.", "bn1": "stem.1.", "fc": "classifier."}[top] + rest
 
 
-def test_encoder_then_decoder_is_the_model():
-    model, x = models.build("MLP", (12,), 2), torch.randn(9, 12)
-    for k in models.splits(model).values():
-        assert torch.equal(model[k:](model[:k](x)), model(x))
+def of_convnext(name: str) -> str:
+    top, i, rest = name.split(".", 2)
+    if top == "classifier":
+        return {"0": "pool.1.", "2": "classifier."}[i] + rest
+    if i == "0":
+        j, rest = rest.split(".", 1)
+        return f"stem.{int(j) + 1}.{rest}"  # after the padding
+    if int(i) % 2 == 0:
+        return f"down{int(i) // 2}.{rest}"
+    j, rest = rest.split(".", 1)
+    return f"block{(0, 3, 6, 15)[int(i) // 2] + int(j) + 1}.{rest}"
 
 
-def test_every_tap_fires_once_and_in_order():
-    model, fired = models.build("MLP", (12,), 2), []
-    for name, module in models.taps(model).items():
-        module.register_forward_hook(lambda *_, name=name: fired.append(name))
-    model(torch.randn(2, 12))
-    assert fired == [f"hidden{i}" for i in range(1, 6)]
+@pytest.mark.parametrize(
+    ("name", "constructor", "mapped"),
+    [
+        ("ResNet", torchvision.models.resnet18, of_resnet),
+        ("ConvNeXt", torchvision.models.convnext_tiny, of_convnext),
+    ],
+)
+def test_gives_torchvisions_outputs_bit_for_bit(name, constructor, mapped):
+    torch.manual_seed(0)
+    theirs, ours = constructor(num_classes=10).eval(), models.build(name, COLOUR, 10).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # LayerScale starts at 1e-6, which would hide the blocks
+            parameter += 0.02 * torch.randn_like(parameter)
+        ours.load_state_dict({mapped(k): v for k, v in theirs.state_dict().items()})
+        assert torch.equal(ours(images(COLOUR, 4)), theirs(images(COLOUR, 4)))
+
+
+def test_convnext_pads_28_to_32():
+    model, x = models.build("ConvNeXt", GREY, 10).eval(), images(GREY)
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    assert torch.equal(model.stem[0](x), padded)
+    assert torch.equal(models.build("ConvNeXt", COLOUR, 10).stem[0](images(COLOUR)), images(COLOUR))
+
+
+def test_cifarnet_is_that_of_its_source():
+    torch.manual_seed(0)
+    correlated = nn.functional.avg_pool2d(images((3, 33, 33), 50), 2, 1)
+    filters = cifarnet.filters(correlated)
+    model = models.build("CIFARNet", COLOUR, 10, whitening=filters)
+    assert torch.equal(model.whiten[0].weight, filters)
+    assert not model.whiten[0].weight.requires_grad
+    assert model.whiten[0].bias.requires_grad
+    responses = nn.functional.conv2d(correlated, filters[:12]).movedim(1, 0).flatten(1)  # (12, places)
+    covariance = responses @ responses.T / responses.shape[1]
+    torch.testing.assert_close(covariance, torch.eye(12), atol=0.02, rtol=0)  # white, but for the 5e-4
+    assert torch.equal(filters[12:], -filters[:12])
+    first, second = model.group1[0], model.group1[4]
+    x = images((24, 9, 9))
+    assert torch.equal(first(x)[:, :24], x)  # the identity part
+    assert torch.equal(second.weight, nn.init.dirac_(torch.empty_like(second.weight)))
+    assert model.classifier[0].weight.std().item() == pytest.approx(1)
+    z = images((256,))
+    torch.testing.assert_close(model.classifier(z), z @ model.classifier[0].weight.T / 256)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 6
+    assert all([name for name, _ in norm.named_parameters()] == ["bias"] for norm in norms)
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
+    """Every parameter and buffer of the trained model is 7; those of the heads are as at construction."""
+    options = {"whitening": torch.full((8, 1, 2, 2), 0.5)} if name == "CIFARNet" else {}
+
+    def build() -> nn.Sequential:
+        return models.build(name, GREY, 10, **options)
+
+    model, seen = build(), []
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(7)
+    split = clusters(20, 784, 10)
+    split.x = split.x.view(20, *GREY)
+    monkeypatch.setattr(dib, "train", lambda heads, *_: seen.extend(heads) or (torch.zeros(len(heads)),) * 2)
+    dib.measure(model, 0, split, 10, build, torch.optim.SGD)
+    assert len(seen) == 2
+    for tensor in (*seen[0].parameters(), *seen[0].buffers()):
+        assert not (tensor == 7).any()
+    drawn = [(a, b) for a, b in zip(seen[0].parameters(), seen[1].parameters(), strict=True) if a.dim() > 1]
+    torch.manual_seed(0)
+    again = dict(build().named_parameters())
+    for head in seen:
+        for key, parameter in head.named_parameters():
+            if again[key].unique().numel() == 1:  # set to a constant at construction: LayerScale, norms, biases
+                assert torch.equal(parameter, again[key])
+    if name == "CIFARNet":
+        identity = nn.init.dirac_(torch.empty(256, 256, 3, 3))
+        assert all(torch.equal(head.group3[0].weight, identity) for head in seen)
+        assert all((head.whiten[0].weight == 0.5).all() for head in seen)
+    else:
+        assert not any(torch.equal(a, b) for a, b in drawn if a.unique().numel() > 1)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +184,7 @@ def test_every_tap_fires_once_and_in_order():
         ("MLP", {"widths": (3, 0)}, "widths must be positive integers, got 3 0"),
         ("MLP", {"widths": ()}, "widths must be positive integers, got none"),
         ("MLP", {"nonlinearity": "Relu"}, "unknown nonlinearity 'Relu': expected one of ReLU, Tanh"),
+        *((name, {}, f"{name} convolves images, .* these inputs are 12: use MLP") for name in CONVOLUTIONAL),
     ],
 )
 def test_refuses(name, options, message):

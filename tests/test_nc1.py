@@ -47,12 +47,12 @@ def test_agrees_with_dense(N, d, C, offset, tolerance):
     assert value == pytest.approx(dense(split.x, split.labels, C), rel=tolerance)
 
 
-@pytest.mark.parametrize("offset", [0, 100])
-def test_nearly_collinear_means(offset):
-    """The third mean leaves the line through the others by a thousandth."""
+@pytest.mark.parametrize(("offset", "aside"), [(0, 1e-3), (100, 1e-3), (0, 1e-5)])
+def test_nearly_collinear_means(offset, aside):
+    """The third mean leaves the line through the others by a little."""
     g = torch.Generator().manual_seed(0)
     means = torch.zeros(3, 8)
-    means[:, 0], means[2, 1] = torch.tensor([0.0, 1.0, 2.0]), 1e-3
+    means[:, 0], means[2, 1] = torch.tensor([0.0, 1.0, 2.0]), aside
     y = torch.arange(600) % 3
     noise = torch.randn(200, 8, generator=g).repeat_interleave(3, 0) * 0.1  # the same in every class
     split = Toy(means[y] + noise + offset, y)
@@ -134,6 +134,32 @@ def test_leaves_the_model_as_it_was():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(random, torch.get_rng_state())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_refuses_a_tap_that_is_overwritten():
+    """What was kept is no longer what the layer gave; recomputed, it is read in time."""
+    split = clusters(50, 6, 3)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+    taps = {"linear": model[0], "relu": model[1]}
+    with pytest.raises(ValueError, match="'linear' has its output overwritten"):
+        nc1.measure(model, taps, split, 3)
+    value = nc1.measure(model, taps, split, 3, keep_bytes=0)["linear"][2]
+    assert value == pytest.approx(dense(model[0](split.x).detach(), split.labels, 3), rel=1e-6)
+
+
+def test_no_taps():
+    assert nc1.measure(three_blocks(), {}, clusters(50, 6, 3), 3) == {}
+
+
+@pytest.mark.cuda
+def test_on_cuda_as_on_the_cpu():
+    split, model = clusters(200, 6, 3), three_blocks()
+    taps = {f"block{i}": model[i - 1] for i in (1, 2, 3)}
+    expected = nc1.measure(model, taps, split, 3)
+    model.cuda()
+    for keep_bytes in (0, nc1.KEEP_BYTES):
+        got = nc1.measure(model, taps, Toy(split.x.cuda(), split.labels.cuda()), 3, 64, keep_bytes)
+        assert {t: v[2] for t, v in got.items()} == pytest.approx({t: v[2] for t, v in expected.items()}, rel=1e-3)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.3])

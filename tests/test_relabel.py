@@ -39,7 +39,7 @@ def test_at_least_one_digit():
 @given(st.integers(2, 12).flatmap(lambda C: st.tuples(st.just(C), st.lists(st.integers(0, C - 1), max_size=60))))
 def test_agrees_with_counting_by_hand(case):
     C, labels = case
-    assert relabel(torch.tensor(labels, dtype=torch.int64), C).tolist() == plainly(labels, C) or not labels
+    assert relabel(torch.tensor(labels, dtype=torch.int64), C).tolist() == plainly(labels, C)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,32 @@ import train
 from relabel import relabel
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--epochs", "2", "--dib-epochs", "2", "--widths", "4", "3", "--device", "cpu"]
+NO_MLP = ["--epochs", "2", "--dib-epochs", "2", "--device", "cpu"]
+SMALL = [*NO_MLP, "--widths", "4", "3"]
+
+
+LAST = {"MLP": "hidden2", "MNISTNet": "hidden1", "CIFARNet": "group3", "ResNet": "block8", "ConvNeXt": "block18"}
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """CIFAR10 and MNIST of 40 + 20 random images, each class a colour of its own."""
+
+    def source(shape: tuple[int, ...]):
+        def load(root: str, download: bool) -> tuple:
+            g = torch.Generator().manual_seed(0)
+            y = [torch.arange(n) % 10 for n in (40, 20)]
+            x = [(torch.randint(0, 200, (len(c), *shape), generator=g) + 5 * c[:, None, None, None]).byte() for c in y]
+            return x[0], y[0], x[1], y[1], 10
+
+        return load
+
+    monkeypatch.setitem(data.SOURCES, "CIFAR10", source((3, 32, 32)))
+    monkeypatch.setitem(data.SOURCES, "MNIST", source((1, 28, 28)))
 
 
 def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
-    train.main([*SMALL, "--run-dir", str(folder), *flags])
+    train.main([*(SMALL if "-m" not in flags or "MLP" in flags else NO_MLP), "--run-dir", str(folder), *flags])
     return {name: pd.read_csv(folder / name) for name in train.COLUMNS}
 
 
@@ -62,6 +84,8 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     assert (hparams["torch"], hparams["torchvision"]) == (torch.__version__, torchvision.__version__)
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
+    assert set(checkpoint) == {"epoch", "random", "model", "optimizer", "scaler"}
+    assert len(checkpoint["optimizer"]["state"]) == 6  # two moments for every weight and bias
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
 
@@ -80,6 +104,52 @@ def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
         assert row["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
         values = tables["nc1.csv"].loc[name, "nc1"].tolist()
         assert values == pytest.approx([v for *_, v in nc1.measure(model, models.taps(model), split, 2).values()])
+
+
+def measured_as_the_saved_weights_say(folder: Path, model: str, device: str, *flags: str) -> None:
+    """A run of every part on pictures, and its figures against the weights it saved."""
+    tables = run(
+        folder, "-m", model, "-d", "CIFAR10", "--dib-epochs", "1", "--batch-size", "16",
+        "--splits", LAST[model], "--device", device, *flags,
+    )  # fmt: skip
+    dataset = data.load("CIFAR10")
+    options = {"widths": (4, 3)} if model == "MLP" else {}
+    network = models.build(model, (3, 32, 32), 10, **options).eval()
+    network.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["model"])
+    x, y = dataset.test.batch(torch.arange(20))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(network(x), y).item()
+    row = tables["epochs.csv"].query("set == 'test'").iloc[-1]
+    assert row["loss"] == pytest.approx(loss, rel=1e-3)
+    taps = models.taps(network)
+    expected = [value for *_, value in nc1.measure(network, taps, dataset.test, 10).values()]
+    collapse = tables["nc1.csv"].query("set == 'test' and epoch == epoch.max()")
+    assert collapse["layer"].tolist() == list(taps)
+    assert collapse["nc1"].tolist() == pytest.approx(expected, rel=1e-2, nan_ok=True)
+    assert set(tables["dib.csv"]["split"]) == {LAST[model]}
+    assert tables["dib.csv"]["loss"].notna().all()
+
+
+@pytest.mark.parametrize("precision", train.PRECISIONS)
+@pytest.mark.parametrize("model", models.ARCHITECTURES)
+def test_every_model_in_every_precision(tmp_path, pictures, model, precision):
+    measured_as_the_saved_weights_say(tmp_path / "run", model, "cpu", "--precision", precision, "--epochs", "1")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("precision", train.PRECISIONS)
+@pytest.mark.parametrize("model", models.ARCHITECTURES)
+def test_every_model_on_cuda(tmp_path, pictures, model, precision, compiled):
+    measured_as_the_saved_weights_say(tmp_path / "run", model, "cuda", "--precision", precision, compiled)
+
+
+@pytest.mark.parametrize("model", models.ARCHITECTURES)
+def test_two_epochs_on_grey_images(tmp_path, pictures, model):
+    tables = run(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
+    assert tables["nc1.csv"]["layer"].nunique() == len(models.taps(models.build(model, (1, 28, 28), 10))) - 3 * (
+        model == "MLP"
+    )
 
 
 def test_measuring_does_not_disturb_training_and_a_run_repeats(tmp_path):
@@ -105,6 +175,7 @@ def test_dib_is_the_same_whatever_else_is_measured(tmp_path):
     assert set(part["permutation"]) == {0, 1}
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_gives_the_same_figures(tmp_path):
     flags = ["--no-dib", "--batch-size", "3481"]  # the whole set: one shape to compile for
     plain = run(tmp_path / "a", *flags)["epochs.csv"]["loss"]
@@ -118,7 +189,7 @@ def test_never_overwrites_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--epochs", "1")
     assert stop.value.code == 2
-    assert "already holds a run, which is kept: choose another --run-dir or --seed" in capsys.readouterr().err
+    assert "already holds a run, which is kept: name another folder with --run-dir" in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -129,7 +200,7 @@ def test_never_overwrites_a_run(tmp_path, capsys):
         (["--data", "CIFAR11"], "invalid choice: 'CIFAR11'"),
         (["-nl", "relu"], "invalid choice: 'relu'"),
         (["-opt", "Lion"], "invalid choice: 'Lion'"),
-        (["--splits", "hidden9"], "no split 'hidden9': expected some of input, hidden1, hidden2"),
+        (["--splits", "hidden9"], "no split 'hidden9': expected some of input, flatten, hidden1, hidden2"),
         (["--sets", "valid"], "invalid choice: 'valid'"),
         (["-w", "0"], "--widths: expected a number of at least 1, got 0"),
         (["-w", "4", "-3"], "--widths: expected a number of at least 1, got -3"),
@@ -143,8 +214,12 @@ def test_never_overwrites_a_run(tmp_path, capsys):
         (["--dib-epochs", "0"], "--dib-epochs: expected a number of at least 1, got 0"),
         (["--labelings", "0"], "--labelings: expected a number of at least 1, got 0"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--device", "gpu"], "--device gpu cannot be used here"),
+        (["--device", "gpu"], "--device gpu is not to be had here: expected one of cpu"),
         (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),
+        (["--train-size", "7"], "the training size of SZT must be a multiple of 2 up to 3362, got 7"),
+        (["--train-size", "4000"], "the training size of SZT must be a multiple of 2 up to 3362, got 4000"),
+        (["--model", "ResNet"], "--widths and --nonlinearity are for MLP, and the model is ResNet"),
+        (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--run-dir", "/proc/nowhere"], "--run-dir /proc/nowhere cannot be written"),
     ],
 )
@@ -159,12 +234,41 @@ def test_refuses_on_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, f
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model", [name for name in models.ARCHITECTURES if name != "MLP"])
+def test_refuses_szt_with_a_convolution(tmp_path, capsys, model):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--model", model, "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert f"{model} convolves images, channels x height x width, and these inputs are 12: use MLP" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_stops_where_the_loss_is_not_finite(tmp_path):
+    with pytest.raises(SystemExit, match=r"the training loss is (nan|inf) after epoch 1"):
+        run(tmp_path / "run", "-lr", "1e18", "-opt", "SGD", "-nl", "LeakyReLU")
+
+
+def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
+    epochs, summary = [], train.summary
+
+    def look(*parts) -> str:
+        tables = [pd.read_csv(tmp_path / "run" / name) for name in train.COLUMNS]
+        epochs.append([table["epoch"].max() for table in tables])
+        return summary(*parts)
+
+    monkeypatch.setattr(train, "summary", look)
+    run(tmp_path / "run", "--splits", "hidden2")
+    assert epochs == [[1, 1, 1], [2, 2, 2]]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--device", "cuda", "--run-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "--device cuda cannot be used here" in capsys.readouterr().err
+    assert "--device cuda is not to be had here: expected one of cpu" in capsys.readouterr().err
 
 
 def test_from_a_shell_with_every_short_flag(tmp_path):
