@@ -145,8 +145,9 @@ def draw_information(info: pd.DataFrame, drop: pd.Series, title: str) -> Figure:
             for split, style in styles(layers).items():
                 line = part[part["split"] == split]
                 axis.plot(line["epoch"], line[measure], label=split, markevery=marks(line["epoch"]), **style)
-            if axis.get_ylim()[0] < 0:
-                axis.axhspan(axis.get_ylim()[0], 0, color="0.92", zorder=0)  # no information: heads trained too little
+            axis.axhline(
+                0, color="0.4", linewidth=0.8
+            )  # below it a head does worse than one that only knows the shares
     still = f"median {drop.median() / log(2):.2g}, largest {drop.max() / log(2):.2g} bits"
     fig.supxlabel(f"loss of the heads, still falling over the last tenth of their epochs: {still}", fontsize="small")
     for measure, axis in zip(measures, axes[:, 0], strict=True):
