@@ -129,7 +129,7 @@ def train(
     running = torch.zeros(epochs, H, dtype=torch.float64, device=targets.device)
     for epoch in tqdm(range(epochs), "DIB heads", leave=False, disable=None, delay=1):
         order = torch.randperm(N, generator=generator).to(targets.device)
-        for indices in order.tensor_split(ceil(N / batch_size)):  # even: BatchNorm can't train on a leftover of one
+        for indices in order.tensor_split(ceil(N / batch_size)):  # even, as BatchNorm cannot train on one sample
             loss = losses(indices)
             stepper.zero_grad()
             loss.sum().backward()

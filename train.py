@@ -210,19 +210,17 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
     precision = PRECISIONS[args.precision]
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # float16 alone can underflow
-    network = (
-        torch.compile(model, dynamic=False) if args.compile else model
-    )  # the same parameters; only training runs it
+    # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
+    network = torch.compile(model, dynamic=False) if args.compile else model
     bar = partial(tqdm, leave=False, disable=None)
 
     for epoch in bar(range(1, args.epochs + 1), desc="epochs"):
         start = clock(device)
         model.train()
         order = torch.randperm(len(dataset.train)).to(device, non_blocking=True)
-        steps = ceil(len(order) / args.batch_size)
-        for indices in bar(
-            order.tensor_split(steps), desc="training", delay=1
-        ):  # even batches, none left with one sample
+        # batches as even as can be: BatchNorm cannot train on a leftover of one sample
+        batches = order.tensor_split(ceil(len(order) / args.batch_size))
+        for indices in bar(batches, desc="training", delay=1):
             x, y = dataset.train.batch(indices)
             with autocast():
                 loss = F.cross_entropy(network(x), y)
