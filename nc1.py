@@ -127,10 +127,11 @@ def whitening(means: Tensor, counts: Tensor) -> Tensor:
     MEAN_TOLERANCE times the length of the longest class mean.
     """
     mu = counts @ means / counts.sum()  # (d,)
-    U, S, _ = torch.linalg.svd((means - mu).T, full_matrices=False)  # (d, min(d, C)), (min(d, C),)
-    floor = torch.maximum(RANK_TOLERANCE * S[0], MEAN_TOLERANCE * means.norm(dim=1).max())
+    M = (means - mu).T.cpu()  # (d, C): small, and LAPACK's singular values give the same rank on every device
+    U, S, _ = torch.linalg.svd(M, full_matrices=False)  # (d, min(d, C)), (min(d, C),)
+    floor = max(RANK_TOLERANCE * S[0].item(), MEAN_TOLERANCE * means.norm(dim=1).max().item())
     r = int((S > floor).sum())
-    return U[:, :r] / S[:r]
+    return (U[:, :r] / S[:r]).to(means.device)
 
 
 def squared_distances(h: Tensor, y: Tensor, means: Tensor, P: Tensor) -> Tensor:

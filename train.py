@@ -101,7 +101,7 @@ def choose_device(name: str | None) -> torch.device:
     if name not in here:
         raise ValueError(f"--device {name} is not to be had here: expected one of {', '.join(here)}")
     if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # the current device is the one whose random state DIB keeps
+        torch.cuda.set_device(name)  # DIB keeps the random state of the current device
     return torch.device(name)
 
 
@@ -177,6 +177,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     Raises ValueError for what the flags ask for and cannot be had; nothing is written then.
     """
     device = choose_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # the measures' float32 is float32, in convolutions too
     args.device = str(device)
     dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
     options = choose_options(args, dataset)
