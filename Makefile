@@ -19,7 +19,7 @@ test: $(VENV) ## the tests
 	.venv/bin/python -m pytest $(ARGS)
 
 check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
-	$(PYTHON) -m pytest -m cuda -rs $(ARGS)
+	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)
 
 lint: $(VENV) ## check the style
 	.venv/bin/ruff check .

@@ -73,7 +73,9 @@ def measure(
     encode = _encoder(model, k, split, batch_size, keep_bytes)
     draws = int(np.random.SeedSequence((seed, model_epoch, k)).generate_state(1)[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(draws)
+        torch.default_generator.manual_seed(draws)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(draws)
         heads = [fresh()[k:].to(device) for _ in keys]
         loss, drop = train(heads, encode, targets, optimizer, epochs, batch_size, torch.Generator().manual_seed(draws))
     entropies = [entropy(target, num_classes) for target in targets]
@@ -196,7 +198,9 @@ def _encoder(model: nn.Sequential, k: int, split, batch_size: int, keep_bytes: i
     one = encode(everything[:1])
     if len(split) * one.nbytes > keep_bytes:
         return encode
-    kept = one.new_empty(len(split), *one.shape[1:])
+    layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
+    shape = (len(split), *one.shape[1:])
+    kept = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
     for indices in everything.split(batch_size):
         kept[indices] = encode(indices)
     return lambda indices: kept[indices]

@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from math import ceil, isfinite
 from pathlib import Path
 
@@ -119,23 +121,45 @@ def choose_options(args: argparse.Namespace, dataset: data.Dataset) -> dict:
 
 
 def choose_compile(device: torch.device, wanted: bool | None) -> bool:
-    """On CUDA by default; torch.compile calls a C compiler."""
-    found = any(shutil.which(name) for name in ("cc", "gcc", "g++", "clang"))
-    if wanted and not found:
-        raise ValueError("--compile needs a C compiler, and none of cc, gcc, g++ and clang is on the PATH")
-    return found and device.type == "cuda" if wanted is None else wanted
+    """By default where it pays, on CUDA, if torch.compile has there what it calls."""
+    if device.type == "cpu":
+        needs = {"a C++ compiler ($CXX or g++)": shutil.which(os.environ.get("CXX", "g++"))}
+    else:
+        needs = {
+            "a C compiler ($CC, gcc or clang)": any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
+            "the package triton": find_spec("triton"),
+            "Python's C headers": Path(sysconfig.get_path("include"), "Python.h").exists(),
+            "a GPU of compute capability 7.0": torch.cuda.get_device_capability(device) >= (7, 0),
+        }
+    missing = [name for name, found in needs.items() if not found]
+    if wanted and missing:
+        raise ValueError(f"--compile needs {', '.join(missing)}, which cannot be found here")
+    return device.type == "cuda" and not missing if wanted is None else wanted
 
 
 def choose_precision(device: torch.device) -> str:
-    """What training is fastest in at no loss: bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
+    """bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        for size in (len(dataset.train), len(dataset.test)):
+            if size // ceil(size / batch_size) < 2:
+                raise ValueError(
+                    f"--batch-size {batch_size} gives batches of one sample, which BatchNorm cannot train on"
+                )
+
+
 def start_run(folder: Path, hparams: dict) -> None:
-    """Make the folder, the CSVs with their headers, and hparams.json. Raises ValueError where a run is already."""
-    if any((folder / name).exists() for name in ("hparams.json", "checkpoint.pt", *COLUMNS)):
+    """Make the folder, the CSVs with their headers, and hparams.json.
+
+    Raises ValueError where there is anything of a run already, but for one that ended before its first results.
+    """
+    tables = [folder / name for name in COLUMNS if (folder / name).exists()]
+    if (folder / "checkpoint.pt").exists() or any(len(table.read_text().splitlines()) > 1 for table in tables):
         raise ValueError(f"{folder} already holds a run, which is kept: name another folder with --run-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +201,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     Raises ValueError for what the flags ask for and cannot be had; nothing is written then.
     """
     device = choose_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # the measures' float32 is float32, in convolutions too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
     args.device = str(device)
     dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
     options = choose_options(args, dataset)
@@ -191,6 +215,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     model = build().to(device)
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
+    refuse_batches_of_one(model, dataset, args.batch_size)
     args.sets = list(dict.fromkeys(args.sets))
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
@@ -213,6 +238,9 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # float16 alone can underflow
     # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = torch.compile(model, dynamic=False) if args.compile else model
+    keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures
+    if device.type == "cuda":
+        keep_bytes = min(keep_bytes, torch.cuda.mem_get_info(device)[0] // 3)
     bar = partial(tqdm, leave=False, disable=None)
 
     for epoch in bar(range(1, args.epochs + 1), desc="epochs"):
@@ -245,7 +273,7 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
         start = clock(device)
         collapse = {}
         for name in args.sets if args.nc1 else []:
-            collapse[name] = nc1.measure(model, taps, sets[name], C, args.batch_size)
+            collapse[name] = nc1.measure(model, taps, sets[name], C, args.batch_size, keep_bytes)
             append(folder / "nc1.csv", [(epoch, name, layer, *value) for layer, value in collapse[name].items()])
         seconds["NC1"] = clock(device) - start
 
@@ -255,20 +283,22 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
         for name, cut in bar(jobs if args.dib else [], desc="DIB", delay=1):
             heads = dib.measure(
                 model, cuts[cut], sets[name], C, build, make_optimizer,
-                args.dib_epochs, args.batch_size, args.labelings, args.seed, epoch,
+                args.dib_epochs, args.batch_size, args.labelings, args.seed, epoch, keep_bytes,
             )  # fmt: skip
             append(folder / "dib.csv", [(epoch, name, cut, *head) for head in heads])
         seconds["DIB"] = clock(device) - start
 
-        save(folder / "checkpoint.pt", epoch, model=model, optimizer=optimizer, scaler=scaler)
+        save(folder / "checkpoint.pt", epoch, device, model=model, optimizer=optimizer, scaler=scaler)
         tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
         sys.stdout.flush()
 
 
-def save(path: Path, epoch: int, **parts: nn.Module | torch.optim.Optimizer | torch.amp.GradScaler) -> None:
+def save(
+    path: Path, epoch: int, device: torch.device, **parts: nn.Module | torch.optim.Optimizer | torch.amp.GradScaler
+) -> None:
     """Write what it takes to go on after this epoch, and only then replace the last checkpoint."""
     state = {"epoch": epoch, "random": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if device.type == "cuda":
         state["random_cuda"] = torch.cuda.get_rng_state()
     torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

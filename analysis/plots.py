@@ -145,9 +145,8 @@ def draw_information(info: pd.DataFrame, drop: pd.Series, title: str) -> Figure:
             for split, style in styles(layers).items():
                 line = part[part["split"] == split]
                 axis.plot(line["epoch"], line[measure], label=split, markevery=marks(line["epoch"]), **style)
-            axis.axhline(
-                0, color="0.4", linewidth=0.8
-            )  # below it a head does worse than one that only knows the shares
+            if (info[measure] < 0).any():  # where a head does worse than one that only knows the labels' shares
+                axis.axhline(0, color="0.4", linewidth=0.8)
     still = f"median {drop.median() / log(2):.2g}, largest {drop.max() / log(2):.2g} bits"
     fig.supxlabel(f"loss of the heads, still falling over the last tenth of their epochs: {still}", fontsize="small")
     for measure, axis in zip(measures, axes[:, 0], strict=True):
@@ -177,6 +176,7 @@ def draw_plane(info: pd.DataFrame, title: str) -> Figure:
             dots = axis.scatter(*points.T, c=line["epoch"], norm=norm, cmap=VIRIDIS, s=sizes, marker=marker, zorder=2)
             axis.scatter([], [], color="black", marker=marker, s=30, label=split)
         axis.set(title=f"{name} set", xlabel="minimality (bits)")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     axes[0, 0].set_ylabel("sufficiency (bits)")
     colours = fig.colorbar(dots, ax=axes, label="epoch (last one: large marker)")
     colours.locator = MaxNLocator(integer=True)

@@ -35,7 +35,8 @@ def build(input_shape: tuple[int, ...], num_classes: int, whitening: Tensor | No
 def filters(images: Tensor) -> Tensor:
     """The whitening filters (8 channels, channels, 2, 2) of images (N, channels, height, width).
 
-    Eigenvectors of the second moments of all 2 x 2 patches, each over sqrt(eigenvalue + 5e-4), then their negatives.
+    Eigenvectors of the second moments (as in the source, without subtracting the mean, which normalised images hardly
+    have) of all 2 x 2 patches, each over sqrt(eigenvalue + 5e-4), then their negatives.
     """
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()  # (patches, d)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))

@@ -221,19 +221,6 @@ def test_leaves_everything_as_it_was(build):
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize(("build", "shape", "k"), [(plain, (6,), 2), (convolutional, (1, 5, 5), 0)])
-def test_on_cuda_as_on_the_cpu(build, shape, k):
-    """In float64, from the same start and on the same batches, which are drawn on the CPU for both."""
-    split, model = toy(shape=shape), build()
-    expected = dib.measure(model, k, split, 3, build, SGD, epochs=5, batch_size=40, labelings=2)
-    on_cuda = Toy(split.x.cuda(), split.labels.cuda())
-    random = torch.cuda.get_rng_state()
-    got = dib.measure(model.cuda(), k, on_cuda, 3, build, SGD, epochs=5, batch_size=40, labelings=2)
-    assert [h.loss for h in got] == pytest.approx([h.loss for h in expected], rel=1e-6)
-    assert torch.equal(random, torch.cuda.get_rng_state())
-
-
 def test_encoder_runs_in_eval_mode():
     """With BatchNorm in training mode the encodings, and so the loss, would depend on the batch."""
     split, still = toy(shape=(1, 5, 5)), partial(torch.optim.SGD, lr=0.0)

@@ -151,17 +151,6 @@ def test_no_taps():
     assert nc1.measure(three_blocks(), {}, clusters(50, 6, 3), 3) == {}
 
 
-@pytest.mark.cuda
-def test_on_cuda_as_on_the_cpu():
-    split, model = clusters(200, 6, 3), three_blocks()
-    taps = {f"block{i}": model[i - 1] for i in (1, 2, 3)}
-    expected = nc1.measure(model, taps, split, 3)
-    model.cuda()
-    for keep_bytes in (0, nc1.KEEP_BYTES):
-        got = nc1.measure(model, taps, Toy(split.x.cuda(), split.labels.cuda()), 3, 64, keep_bytes)
-        assert {t: v[2] for t, v in got.items()} == pytest.approx({t: v[2] for t, v in expected.items()}, rel=1e-3)
-
-
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.3])
 def test_class_means_that_coincide_have_no_nc1(constant):
     dim, rank, value = of(Toy(torch.full((300, 5), constant), torch.arange(300) % 3), 3)

@@ -14,30 +14,11 @@ import models
 import nc1
 import train
 from relabel import relabel
+from tests.toys import check_run
 
 ROOT = Path(train.__file__).parent
 NO_MLP = ["--epochs", "2", "--dib-epochs", "2", "--device", "cpu"]
 SMALL = [*NO_MLP, "--widths", "4", "3"]
-
-
-LAST = {"MLP": "hidden2", "MNISTNet": "hidden1", "CIFARNet": "group3", "ResNet": "block8", "ConvNeXt": "block18"}
-
-
-@pytest.fixture
-def pictures(monkeypatch):
-    """CIFAR10 and MNIST of 40 + 20 random images, each class a colour of its own."""
-
-    def source(shape: tuple[int, ...]):
-        def load(root: str, download: bool) -> tuple:
-            g = torch.Generator().manual_seed(0)
-            y = [torch.arange(n) % 10 for n in (40, 20)]
-            x = [(torch.randint(0, 200, (len(c), *shape), generator=g) + 5 * c[:, None, None, None]).byte() for c in y]
-            return x[0], y[0], x[1], y[1], 10
-
-        return load
-
-    monkeypatch.setitem(data.SOURCES, "CIFAR10", source((3, 32, 32)))
-    monkeypatch.setitem(data.SOURCES, "MNIST", source((1, 28, 28)))
 
 
 def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
@@ -84,6 +65,7 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     assert (hparams["torch"], hparams["torchvision"]) == (torch.__version__, torchvision.__version__)
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
+    assert checkpoint["optimizer"]["param_groups"][0]["fused"]
     assert set(checkpoint) == {"epoch", "random", "model", "optimizer", "scaler"}
     assert len(checkpoint["optimizer"]["state"]) == 6  # two moments for every weight and bias
     lines = capsys.readouterr().out.splitlines()
@@ -106,42 +88,10 @@ def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
         assert values == pytest.approx([v for *_, v in nc1.measure(model, models.taps(model), split, 2).values()])
 
 
-def measured_as_the_saved_weights_say(folder: Path, model: str, device: str, *flags: str) -> None:
-    """A run of every part on pictures, and its figures against the weights it saved."""
-    tables = run(
-        folder, "-m", model, "-d", "CIFAR10", "--dib-epochs", "1", "--batch-size", "16",
-        "--splits", LAST[model], "--device", device, *flags,
-    )  # fmt: skip
-    dataset = data.load("CIFAR10")
-    options = {"widths": (4, 3)} if model == "MLP" else {}
-    network = models.build(model, (3, 32, 32), 10, **options).eval()
-    network.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["model"])
-    x, y = dataset.test.batch(torch.arange(20))
-    with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(network(x), y).item()
-    row = tables["epochs.csv"].query("set == 'test'").iloc[-1]
-    assert row["loss"] == pytest.approx(loss, rel=1e-3)
-    taps = models.taps(network)
-    expected = [value for *_, value in nc1.measure(network, taps, dataset.test, 10).values()]
-    collapse = tables["nc1.csv"].query("set == 'test' and epoch == epoch.max()")
-    assert collapse["layer"].tolist() == list(taps)
-    assert collapse["nc1"].tolist() == pytest.approx(expected, rel=1e-2, nan_ok=True)
-    assert set(tables["dib.csv"]["split"]) == {LAST[model]}
-    assert tables["dib.csv"]["loss"].notna().all()
-
-
 @pytest.mark.parametrize("precision", train.PRECISIONS)
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
-def test_every_model_in_every_precision(tmp_path, pictures, model, precision):
-    measured_as_the_saved_weights_say(tmp_path / "run", model, "cpu", "--precision", precision, "--epochs", "1")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
-@pytest.mark.parametrize("precision", train.PRECISIONS)
-@pytest.mark.parametrize("model", models.ARCHITECTURES)
-def test_every_model_on_cuda(tmp_path, pictures, model, precision, compiled):
-    measured_as_the_saved_weights_say(tmp_path / "run", model, "cuda", "--precision", precision, compiled)
+def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, precision):
+    check_run(monkeypatch, tmp_path / "run", model, "cpu", precision, "--epochs", "1", "--no-compile")
 
 
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
@@ -178,7 +128,12 @@ def test_dib_is_the_same_whatever_else_is_measured(tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_gives_the_same_figures(tmp_path):
     flags = ["--no-dib", "--batch-size", "3481"]  # the whole set: one shape to compile for
-    plain, compiled = run(tmp_path / "a", *flags), run(tmp_path / "b", *flags, "--compile")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = run(tmp_path / "a", *flags)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = run(tmp_path / "b", *flags, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for name in ("epochs.csv", "nc1.csv"):
         column = "loss" if name == "epochs.csv" else "nc1"
         pd.testing.assert_series_equal(plain[name][column], compiled[name][column], rtol=1e-4)
@@ -272,8 +227,33 @@ def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
     assert "--device cuda is not to be had here: expected one of cpu" in capsys.readouterr().err
 
 
+def test_a_run_that_ended_before_its_first_results_is_no_obstacle(tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run")
+    run(tmp_path / "run", "--no-dib")
+
+
+def test_refuses_batches_of_one_with_batchnorm(tmp_path, pictures, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "1")
+    assert stop.value.code == 2
+    assert "--batch-size 1 gives batches of one sample" in capsys.readouterr().err
+    run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib")  # 40 is 3 x 13 + 1
+
+
+def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--compile")
+    assert stop.value.code == 2
+    assert "--compile needs a C++ compiler ($CXX or g++), which cannot be found here" in capsys.readouterr().err
+
+
 def test_from_a_shell_with_every_short_flag(tmp_path):
-    command = f"{sys.executable} {ROOT}/train.py -m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --epochs 1"
+    flags = "-m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --no-compile --epochs 1 --device cpu"
+    command = f"{sys.executable} {ROOT}/train.py {flags}"
     done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""  # no bar where the output is no terminal
     assert done.stdout.splitlines()[-1].startswith("done: the run is in runs/MLP-SZT-seed0")

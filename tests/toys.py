@@ -1,6 +1,20 @@
-"""Small data for the tests, with the interface of data.Split."""
+"""What several tests need: small data with the interface of data.Split, and a check of a whole run.
 
+It imports nothing but torch and pytest beside the project, as test_cuda.py runs where nothing else may be."""
+
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 import torch
+import torch.nn.functional as F
+
+import data
+import models
+import nc1
+import train
 
 
 class Toy:
@@ -20,3 +34,45 @@ def clusters(N: int, d: int, C: int, spread: float = 1.0, seed: int = 0) -> Toy:
     y = torch.cat([torch.arange(C), torch.rand(N - C, generator=g).square().mul(C).long()])
     x = torch.randn(C, d, generator=g)[y] + spread * torch.randn(N, d, generator=g)
     return Toy(x, y)
+
+
+LAST = {"MLP": "hidden2", "MNISTNet": "hidden1", "CIFARNet": "group3", "ResNet": "block8", "ConvNeXt": "block18"}
+
+
+def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str, *flags: str) -> None:
+    """A run of every part on the fixture pictures: its figures are those of the weights it saved, its training steps
+    had the precision that was asked for."""
+    dtypes = set()
+
+    def cross_entropy(logits: torch.Tensor, *rest, **options) -> torch.Tensor:
+        dtypes.update([logits.dtype] if logits.requires_grad else [])
+        return F.cross_entropy(logits, *rest, **options)
+
+    monkeypatch.setattr(train, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    options = ["--device", device, "--precision", precision, "--run-dir", str(folder), *flags]
+    options += ["--widths", "4", "3"] if model == "MLP" else []
+    train.main(["-m", model, "-d", "CIFAR10", "-b", "20", "--dib-epochs", "1", "--splits", LAST[model], *options])
+    assert dtypes == {train.PRECISIONS[precision]}
+
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    assert bool(checkpoint["scaler"]) == (precision == "float16")
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in checkpoint["model"].values() if w.dim() == 4)
+    dataset = data.load("CIFAR10")
+    network = models.build(model, (3, 32, 32), 10, **({"widths": (4, 3)} if model == "MLP" else {})).eval()
+    network.load_state_dict(checkpoint["model"])
+    x, y = dataset.test.batch(torch.arange(20))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        loss = F.cross_entropy(network(x), y).item()
+    expected = nc1.measure(network, models.taps(network), dataset.test, 10)
+
+    tables = {}
+    for name in train.COLUMNS:
+        with (folder / name).open() as file:
+            rows = list(csv.DictReader(file))
+        tables[name] = [row for row in rows if row["set"] == "test" and row["epoch"] == rows[-1]["epoch"]]
+    assert float(tables["epochs.csv"][0]["loss"]) == pytest.approx(loss, rel=1e-3)
+    values = {row["layer"]: float(row["nc1"]) for row in tables["nc1.csv"]}
+    assert values == pytest.approx({tap: value for tap, (*_, value) in expected.items()}, rel=1e-2, nan_ok=True)
+    assert {row["split"] for row in tables["dib.csv"]} == {LAST[model]}
+    assert all(math.isfinite(float(row["loss"])) for row in tables["dib.csv"])
