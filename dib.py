@@ -83,7 +83,7 @@ def measure(
 
 
 def label(labels: Tensor, num_classes: int, labelings: int, seed: int) -> tuple[list[tuple[int, int | str]], Tensor]:
-    """[(permutation, labeling), ...] and the targets (heads, N): the labels, then the digits of each enumeration."""
+    """[(permutation, labeling), ...] and the targets (J, N): the labels, then the digits of each enumeration."""
     keys, targets = [(0, "y")], [labels]
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(len(labels), device=labels.device)
@@ -110,11 +110,11 @@ def train(
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Train head j on the encodings encode(indices) and targets[j] (N,); final loss and drop of each, (heads,) float64.
+    """Train each head j of J on the encodings encode(indices) and targets[j] (N,); final losses and drops (J,) float64.
 
     One optimizer holds the parameters of all heads. Summing their losses gives each head its own gradients.
     """
-    H, N = targets.shape
+    J, N = targets.shape
     if is_plain(heads[0]):
         params, _ = stack_module_state(heads)  # plain heads have no buffers
         forward, trained = partial(batched, heads[0], params), params.values()
@@ -123,12 +123,12 @@ def train(
     stepper = optimizer([p for p in trained if p.requires_grad])
 
     def losses(indices: Tensor) -> Tensor:
-        logits = forward(encode(indices))  # (H, C, B)
-        return F.cross_entropy(logits, targets[:, indices], reduction="none").mean(1)  # (H,)
+        logits = forward(encode(indices))  # (J, C, B)
+        return F.cross_entropy(logits, targets[:, indices], reduction="none").mean(1)  # (J,)
 
     for head in heads:
         head.train()
-    running = torch.zeros(epochs, H, dtype=torch.float64, device=targets.device)
+    running = torch.zeros(epochs, J, dtype=torch.float64, device=targets.device)
     for epoch in tqdm(range(epochs), "DIB heads", leave=False, disable=None, delay=1):
         order = torch.randperm(N, generator=generator).to(targets.device)
         for indices in order.tensor_split(ceil(N / batch_size)):  # even, as BatchNorm cannot train on one sample
@@ -140,7 +140,7 @@ def train(
 
     for head in heads:
         head.eval()
-    final = torch.zeros(H, dtype=torch.float64, device=targets.device)
+    final = torch.zeros(J, dtype=torch.float64, device=targets.device)
     with torch.no_grad():
         for indices in torch.arange(N, device=targets.device).split(batch_size):
             final += losses(indices) * len(indices) / N
@@ -158,14 +158,14 @@ def is_plain(decoder: nn.Sequential) -> bool:
 
 
 def batched(decoder: nn.Sequential, params: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Logits (H, C, B) of plain heads on the encodings x (B, ...): the products of all heads at once, samples last.
+    """Logits (J, C, B) of plain heads on the encodings x (B, ...): the products of all heads at once, samples last.
 
-    decoder: any of the heads, for its layers; params: their parameters, stacked along a first dimension H.
+    decoder: any of the heads, for its layers; params: their parameters, stacked along a first dimension of J.
     """
     z = x.flatten(1).T  # (d, B), the same for all heads
     for name, layer in decoder.named_modules():
         if isinstance(layer, nn.Linear):
-            z = params[f"{name}.weight"] @ z  # (H, out, in) @ (H, in, B)
+            z = params[f"{name}.weight"] @ z  # (J, out, in) @ (J, in, B)
             if layer.bias is not None:
                 z = z + params[f"{name}.bias"][:, :, None]
         elif isinstance(layer, ELEMENTWISE):
@@ -174,7 +174,7 @@ def batched(decoder: nn.Sequential, params: dict[str, Tensor], x: Tensor) -> Ten
 
 
 def one_by_one(heads: list[nn.Sequential], x: Tensor) -> Tensor:
-    """Logits (H, C, B) of any heads on the encodings x (B, ...): the plain reference, a loop over the heads.
+    """Logits (J, C, B) of any heads on the encodings x (B, ...): the plain reference, a loop over the heads.
 
     Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw.
     """
