@@ -13,6 +13,7 @@ import dib
 import models
 from relabel import relabel
 from tests.toys import Toy, clusters
+from tests.yardsticks import train_alone
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 SHARED = nn.ReLU()
@@ -37,22 +38,6 @@ def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
     return Toy(split.x.double().view(N, *shape), split.labels)
 
 
-def alone(head: nn.Sequential, z: torch.Tensor, target: torch.Tensor, epochs: int, batch_size: int, generator) -> tuple:
-    """The reference: one head, its own optimizer, a plain loop; final loss and running loss of every epoch."""
-    optimizer, running = SGD(head.parameters()), []
-    head.train()
-    for _ in range(epochs):
-        total = 0.0
-        for i in torch.randperm(len(z), generator=generator).tensor_split(math.ceil(len(z) / batch_size)):
-            loss = F.cross_entropy(head(z[i]), target[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(i)
-        running.append(total / len(z))
-    return F.cross_entropy(head.eval()(z), target).item(), running
-
-
 @pytest.mark.parametrize(
     ("build", "shape", "k", "forward"),
     [
@@ -74,13 +59,14 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, fo
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
     heads = [build()[k:].eval() for _ in targets]
     starts = copy.deepcopy(heads)
-    z = model[:k](split.x).detach()
+    z = model[:k].eval()(split.x).detach()
     torch.manual_seed(7)
     loss, drop = dib.train(heads, z.__getitem__, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
     assert set(used) == {forward}, f"the heads took the path {used}"
     for j, head in enumerate(starts):
         torch.manual_seed(7)
-        final, running = alone(head, z, targets[j], epochs, 40, torch.Generator().manual_seed(5))
+        generator = torch.Generator().manual_seed(5)
+        final, running = train_alone(model[:k], head, split.x, targets[j], SGD, epochs, 40, generator)
         assert loss[j].item() == pytest.approx(final, rel=1e-9)
         assert drop[j].item() == pytest.approx(running[-4] - running[-1], abs=1e-9)
 

@@ -6,16 +6,7 @@ from torch import nn
 
 import nc1
 from tests.toys import Toy, clusters
-
-
-def dense(h: torch.Tensor, y: torch.Tensor, C: int) -> float:
-    """The reference: tr(Sigma_W pinv(Sigma_B)) with both matrices formed, in float64."""
-    h = h.double()
-    means = torch.stack([h[y == c].mean(0) for c in range(C)])
-    M = (means - h.mean(0)).T  # (d, C)
-    within = h - means[y]  # (N, d)
-    Sigma_B, Sigma_W = M @ M.T / C, within.T @ within / len(h)
-    return torch.trace(Sigma_W @ torch.linalg.pinv(Sigma_B, hermitian=True)).item()
+from tests.yardsticks import dense_nc1
 
 
 def of(split: Toy, C: int, **options) -> tuple[int, int, float]:
@@ -38,13 +29,13 @@ def test_by_hand():
 
 @pytest.mark.parametrize(("N", "d", "C"), [(500, 20, 10), (500, 4, 10), (300, 30, 2), (200, 3, 3)])
 @pytest.mark.parametrize(("offset", "tolerance"), [(0, 1e-6), (100, 1e-4)])
-def test_agrees_with_dense(N, d, C, offset, tolerance):
+def test_agrees_with_dense_nc1(N, d, C, offset, tolerance):
     """Classes of different sizes, C > d among them; the overall mean is over samples, not over classes."""
     split = clusters(N, d, C)
     split.x += offset
     dim, rank, value = of(split, C, batch_size=37)
     assert (dim, rank) == (d, min(d, C - 1))
-    assert value == pytest.approx(dense(split.x, split.labels, C), rel=tolerance)
+    assert value == pytest.approx(dense_nc1(split.x, split.labels, C), rel=tolerance)
 
 
 @pytest.mark.parametrize(("offset", "aside"), [(0, 1e-3), (100, 1e-3), (0, 1e-5)])
@@ -58,7 +49,7 @@ def test_nearly_collinear_means(offset, aside):
     split = Toy(means[y] + noise + offset, y)
     _, rank, value = of(split, 3)
     assert rank == 2
-    assert value == pytest.approx(dense(split.x, y, 3), rel=1e-4)
+    assert value == pytest.approx(dense_nc1(split.x, y, 3), rel=1e-4)
 
 
 @pytest.mark.parametrize(("N", "offset"), [(30, 0), (2000, 0), (2000, 100)])
@@ -99,7 +90,7 @@ def test_every_tap_kept_or_recomputed():
     for i in range(3):
         hidden = model.eval()[i](hidden).detach()
         assert kept[f"block{i + 1}"][:2] == (6, 2)
-        assert kept[f"block{i + 1}"][2] == pytest.approx(dense(hidden, split.labels, 3), rel=1e-6)
+        assert kept[f"block{i + 1}"][2] == pytest.approx(dense_nc1(hidden, split.labels, 3), rel=1e-6)
     one_tap = 200 * 6 * 4
     for keep_bytes in (0, one_tap, 2 * one_tap):
         again = nc1.measure(model, taps, split, 3, batch_size=64, keep_bytes=keep_bytes)
@@ -144,7 +135,7 @@ def test_refuses_a_tap_that_is_overwritten():
     with pytest.raises(ValueError, match="'linear' has its output overwritten"):
         nc1.measure(model, taps, split, 3)
     value = nc1.measure(model, taps, split, 3, keep_bytes=0)["linear"][2]
-    assert value == pytest.approx(dense(model[0](split.x).detach(), split.labels, 3), rel=1e-6)
+    assert value == pytest.approx(dense_nc1(model[0](split.x).detach(), split.labels, 3), rel=1e-6)
 
 
 def test_no_taps():
