@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import stack_module_state
 from tqdm import tqdm
 
 from relabel import relabel
@@ -39,9 +38,14 @@ class Head(NamedTuple):
     drop: float  # fall of the running training loss over the last tenth of the epochs, nats; NaN after one epoch
 
 
-def measure(
+def measure(model: nn.Sequential, k: int, split, *rest, **options) -> list[Head]:
+    """The trained heads of the split at k alone: measure_splits has the parameters."""
+    return measure_splits(model, [k], split, *rest, **options)[k]
+
+
+def measure_splits(
     model: nn.Sequential,
-    k: int,
+    ks: Iterable[int],
     split,
     num_classes: int,
     fresh: Callable[[], nn.Sequential],
@@ -52,34 +56,59 @@ def measure(
     seed: int = 0,
     model_epoch: int = 0,
     keep_bytes: int = KEEP_BYTES,
-) -> list[Head]:
-    """The trained heads of the split at k: the original labels first, then every digit of every enumeration.
+) -> dict[int, list[Head]]:
+    """{k: the trained heads of the split at k}: the original labels first, then every digit of every enumeration.
 
     split: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly as
     at construction, from torch's global generators, which are seeded here and put back. optimizer makes an optimizer,
     which must act elementwise (SGD, Adam, AdamW), of a list of parameters. labelings counts the enumerations of each
     class: the first in data order, the others in random orders that depend on seed alone. The heads' initial weights
-    and batches depend on seed, model_epoch and k. All heads see the same batches; each becomes what it would be alone.
+    depend on seed, model_epoch and k, their batches on seed and model_epoch: all heads see the same batches, and each
+    becomes what it would be alone. keep_bytes bounds the encodings that are kept, of all splits together.
     The model, its modes and gradients and all global random states are left as they were.
     Raises ValueError for epochs or labelings below 1, a k that leaves no decoder, and what relabel refuses.
     """
     for name, value in {"epochs": epochs, "labelings": labelings}.items():
         if value < 1:
             raise ValueError(f"DIB: {name} must be at least 1, got {value}")
-    if not 0 <= k < len(model):
-        raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
-    device = split.labels.device
+    ks = sorted(set(ks))
+    for k in ks:
+        if not 0 <= k < len(model):
+            raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
     keys, targets = label(split.labels, num_classes, labelings, seed)
-    encode = _encoder(model, k, split, batch_size, keep_bytes)
-    draws = int(np.random.SeedSequence((seed, model_epoch, k)).generate_state(1)[0])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(draws)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(draws)
-        heads = [fresh()[k:].to(device) for _ in keys]
-        loss, drop = train(heads, encode, targets, optimizer, epochs, batch_size, torch.Generator().manual_seed(draws))
     entropies = [entropy(target, num_classes) for target in targets]
-    return [Head(*key, *values) for key, *values in zip(keys, entropies, loss.tolist(), drop.tolist(), strict=True)]
+    cuda = [split.labels.device] if split.labels.is_cuda else []
+    result = {}
+    for group in _groups(model, ks):
+        encoders = {k: _encoder(model, k, split, batch_size, keep_bytes // len(group)) for k in group}
+        with torch.random.fork_rng(devices=cuda):
+            heads = {}
+            for k in group:
+                _seed(cuda, seed, model_epoch, k)
+                heads[k] = [fresh()[k:].to(split.labels.device) for _ in keys]
+            batches = torch.Generator().manual_seed(_number(seed, model_epoch))
+            losses, drops = train(heads, encoders, targets, optimizer, epochs, batch_size, batches)
+        for k, loss, drop in zip(group, losses.tolist(), drops.tolist(), strict=True):
+            result[k] = [Head(*key, *rest) for key, *rest in zip(keys, entropies, loss, drop, strict=True)]
+    return {k: result[k] for k in ks}
+
+
+def _groups(model: nn.Sequential, ks: list[int]) -> list[list[int]]:
+    """The splits whose heads are trained by one optimizer: all plain ones together, each of the others alone."""
+    plain = [k for k in ks if is_plain(model[k:])]
+    return [plain] * bool(plain) + [[k] for k in ks if k not in plain]
+
+
+def _number(*parts: int) -> int:
+    """A seed that depends on all parts; numpy keeps it the same from version to version."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _seed(cuda: list[torch.device], *parts: int) -> None:
+    """Seed torch's global generator on the CPU and on the device in use, and on no other."""
+    torch.default_generator.manual_seed(_number(*parts))
+    if cuda:
+        torch.cuda.manual_seed(_number(*parts))
 
 
 def label(labels: Tensor, num_classes: int, labelings: int, seed: int) -> tuple[list[tuple[int, int | str]], Tensor]:
@@ -102,33 +131,37 @@ def entropy(labels: Tensor, num_classes: int) -> float:
 
 
 def train(
-    heads: list[nn.Sequential],
-    encode: Callable[[Tensor], Tensor],
+    heads: dict[int, list[nn.Sequential]],
+    encoders: dict[int, Callable[[Tensor], Tensor]],
     targets: Tensor,
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Train each head j of J on the encodings encode(indices) and targets[j] (N,); final losses and drops (J,) float64.
+    """Train J heads for each of K splits; the final loss and the drop of each, (K, J) float64.
 
-    One optimizer holds the parameters of all heads. Summing their losses gives each head its own gradients.
+    Head j of split k sees the encodings encoders[k](indices) and targets[j] (N,). One optimizer holds the parameters of
+    all heads; the sum of their losses gives each its own gradients. Heads that are not plain come one split at a time.
     """
-    J, N = targets.shape
-    if is_plain(heads[0]):
-        params, _ = stack_module_state(heads)  # plain heads have no buffers
-        forward, trained = partial(batched, heads[0], params), params.values()
+    K, (J, N) = len(heads), targets.shape
+    everyone = [head for of_split in heads.values() for head in of_split]
+    if is_plain(everyone[0]):
+        params = stack_parameters(everyone)
+        forward, trained = partial(stacked, heads, params), params.values()
     else:
-        forward, trained = partial(one_by_one, heads), [p for head in heads for p in head.parameters()]
+        (forward,) = (partial(one_by_one, of_split) for of_split in heads.values())
+        trained = [p for head in everyone for p in head.parameters()]
     stepper = optimizer([p for p in trained if p.requires_grad])
 
     def losses(indices: Tensor) -> Tensor:
-        logits = forward(encode(indices))  # (J, C, B)
-        return F.cross_entropy(logits, targets[:, indices], reduction="none").mean(1)  # (J,)
+        logits = forward({k: encode(indices) for k, encode in encoders.items()})  # (K J, C, B)
+        y = targets[:, indices].repeat(K, 1)  # (K J, B)
+        return F.cross_entropy(logits, y, reduction="none").mean(1).view(K, J)
 
-    for head in heads:
+    for head in everyone:
         head.train()
-    running = torch.zeros(epochs, J, dtype=torch.float64, device=targets.device)
+    running = torch.zeros(epochs, K, J, dtype=torch.float64, device=targets.device)
     for epoch in tqdm(range(epochs), "DIB heads", leave=False, disable=None, delay=1):
         order = torch.randperm(N, generator=generator).to(targets.device)
         for indices in order.tensor_split(ceil(N / batch_size)):  # even, as BatchNorm cannot train on one sample
@@ -138,9 +171,9 @@ def train(
             stepper.step()
             running[epoch] += loss.detach() * len(indices) / N
 
-    for head in heads:
+    for head in everyone:
         head.eval()
-    final = torch.zeros(J, dtype=torch.float64, device=targets.device)
+    final = torch.zeros(K, J, dtype=torch.float64, device=targets.device)
     with torch.no_grad():
         for indices in torch.arange(N, device=targets.device).split(batch_size):
             final += losses(indices) * len(indices) / N
@@ -150,34 +183,47 @@ def train(
 
 
 def is_plain(decoder: nn.Sequential) -> bool:
-    """Whether batched can run the decoder: linear layers and elementwise functions one after another, each once."""
+    """Whether stacked can run the decoder: linear layers and elementwise functions one after another, each once."""
     layers = [m for _, m in decoder.named_modules(remove_duplicate=False) if not isinstance(m, nn.Sequential)]
     return len(set(layers)) == len(layers) and all(
         isinstance(m, (nn.Linear, *ELEMENTWISE)) for m in layers[isinstance(layers[0], nn.Flatten) :]
     )
 
 
-def batched(decoder: nn.Sequential, params: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Logits (J, C, B) of plain heads on the encodings x (B, ...): the products of all heads at once, samples last.
+def stack_parameters(heads: list[nn.Sequential]) -> dict[str, Tensor]:
+    """{name: the parameters of that name of all heads that have one, (heads, ...)}; the first head has every name."""
+    owned = [dict(head.named_parameters()) for head in heads]
+    stacks = {name: torch.stack([own[name].detach() for own in owned if name in own]) for name in owned[0]}
+    return {name: stack.requires_grad_(owned[0][name].requires_grad) for name, stack in stacks.items()}
 
-    decoder: any of the heads, for its layers; params: their parameters, stacked along a first dimension of J.
+
+def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], encodings: dict[int, Tensor]) -> Tensor:
+    """Logits (K J, C, B) of plain heads, J at each of K splits, on the encodings {k: (B, ...)}: a product a layer.
+
+    Block by block from the first split on: the heads of a split join where their decoder begins, and from there on run
+    beside those that came before. Samples stand last, so that a layer is weights (heads, out, in) times activations
+    (heads, in, B). params: the heads' parameters, as stack_parameters gives them for the splits in order.
     """
-    z = x.flatten(1).T  # (d, B), the same for all heads
-    for name, layer in decoder.named_modules():
-        if isinstance(layer, nn.Linear):
-            z = params[f"{name}.weight"] @ z  # (J, out, in) @ (J, in, B)
-            if layer.bias is not None:
-                z = z + params[f"{name}.bias"][:, :, None]
-        elif isinstance(layer, ELEMENTWISE):
-            z = layer(z)
+    (first, of_first), z = next(iter(heads.items())), None
+    for k, (block_name, block) in enumerate(of_first[0].named_children(), first):
+        if k in encodings:
+            entering = encodings[k].flatten(1).T.expand(len(of_first), -1, -1)  # (J, d, B)
+            z = entering if z is None else torch.cat([z, entering])
+        for name, layer in block.named_modules(prefix=block_name):
+            if isinstance(layer, nn.Linear):
+                weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+                z = weight @ z if bias is None else torch.baddbmm(bias[:, :, None], weight, z)
+            elif isinstance(layer, ELEMENTWISE):
+                z = layer(z)
     return z
 
 
-def one_by_one(heads: list[nn.Sequential], x: Tensor) -> Tensor:
-    """Logits (J, C, B) of any heads on the encodings x (B, ...): the plain reference, a loop over the heads.
+def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor]) -> Tensor:
+    """Logits (J, C, B) of any heads of one split on its encodings {k: (B, ...)}: the plain reference, a loop.
 
     Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw.
     """
+    (x,) = encodings.values()
     source = torch.cuda if x.is_cuda else torch
     state, logits = source.get_rng_state(), []
     for head in heads:

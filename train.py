@@ -279,13 +279,14 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
 
         start = clock(device)
         # the split without encoder does not change from epoch to epoch
-        jobs = [(name, cut) for name in args.sets for cut in args.splits if epoch == 1 or cuts[cut] > 0]
-        for name, cut in bar(jobs if args.dib else [], desc="DIB", delay=1):
-            heads = dib.measure(
-                model, cuts[cut], sets[name], C, build, make_optimizer,
+        ks = [k for k in cuts.values() if epoch == 1 or k > 0]
+        for name in args.sets if args.dib else []:
+            heads = dib.measure_splits(
+                model, ks, sets[name], C, build, make_optimizer,
                 args.dib_epochs, args.batch_size, args.labelings, args.seed, epoch, keep_bytes,
             )  # fmt: skip
-            append(folder / "dib.csv", [(epoch, name, cut, *head) for head in heads])
+            rows = [(epoch, name, cut, *head) for cut, k in cuts.items() for head in heads.get(k, [])]
+            append(folder / "dib.csv", rows)
         seconds["DIB"] = clock(device) - start
 
         save(folder / "checkpoint.pt", epoch, device, model=model, optimizer=optimizer, scaler=scaler)

@@ -39,44 +39,58 @@ def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
 
 
 @pytest.mark.parametrize(
-    ("build", "shape", "k", "forward"),
+    ("build", "shape", "ks", "forward"),
     [
-        (plain, (6,), 0, "batched"),
-        (plain, (6,), 2, "batched"),
-        (convolutional, (1, 5, 5), 0, "one_by_one"),
-        (convolutional, (1, 5, 5), 1, "batched"),
-        (drawing, (6,), 0, "one_by_one"),
+        (plain, (6,), [0], "stacked"),
+        (plain, (6,), [0, 2, 3], "stacked"),
+        (plain, (2, 3), [1, 3], "stacked"),
+        (convolutional, (1, 5, 5), [0], "one_by_one"),
+        (convolutional, (1, 5, 5), [1], "stacked"),
+        (drawing, (6,), [0], "one_by_one"),
     ],
 )
-def test_heads_trained_together_are_what_each_would_be_alone(build, shape, k, forward, monkeypatch):
+def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, forward, monkeypatch):
     """The same start and the same batches, in float64: the loss of a head does not know of the others."""
     used = Counter()
-    for name in ("batched", "one_by_one"):
+    for name in ("stacked", "one_by_one"):
         path = getattr(dib, name)
         monkeypatch.setattr(dib, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
     torch.manual_seed(0)
     split, model, epochs = toy(shape=shape), build(), 30
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
-    heads = [build()[k:].eval() for _ in targets]
+    heads = {k: [build()[k:].eval() for _ in targets] for k in ks}
     starts = copy.deepcopy(heads)
-    z = model[:k].eval()(split.x).detach()
+    encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in ks}
     torch.manual_seed(7)
-    loss, drop = dib.train(heads, z.__getitem__, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
+    loss, drop = dib.train(heads, encoders, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
     assert set(used) == {forward}, f"the heads took the path {used}"
-    for j, head in enumerate(starts):
-        torch.manual_seed(7)
-        generator = torch.Generator().manual_seed(5)
-        final, running = train_alone(model[:k], head, split.x, targets[j], SGD, epochs, 40, generator)
-        assert loss[j].item() == pytest.approx(final, rel=1e-9)
-        assert drop[j].item() == pytest.approx(running[-4] - running[-1], abs=1e-9)
+    for i, k in enumerate(ks):
+        for j, head in enumerate(starts[k]):
+            torch.manual_seed(7)
+            generator = torch.Generator().manual_seed(5)
+            final, running = train_alone(model[:k], head, split.x, targets[j], SGD, epochs, 40, generator)
+            assert loss[i, j].item() == pytest.approx(final, rel=1e-9)
+            assert drop[i, j].item() == pytest.approx(running[-4] - running[-1], abs=1e-9)
 
 
-def test_batched_agrees_with_one_by_one():
+@pytest.mark.parametrize(("build", "shape"), [(plain, (6,)), (convolutional, (1, 5, 5))])
+def test_splits_measured_together_are_what_each_is_alone(build, shape):
+    split, model = toy(shape=shape), build()
+    ks = [2, 0, 1]
+    together = dib.measure_splits(model, ks, split, 3, build, SGD, epochs=5, batch_size=40, seed=4)
+    assert list(together) == [0, 1, 2]
+    for k in ks:
+        for got, expected in zip(together[k], dib.measure(model, k, split, 3, build, SGD, 5, 40, 1, 4), strict=True):
+            assert got[:3] == expected[:3]
+            assert got[3:] == pytest.approx(expected[3:], rel=1e-9)
+
+
+def test_stacked_agrees_with_one_by_one():
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
-    params, _ = torch.func.stack_module_state([head.double() for head in heads])
+    heads = [head.double() for head in heads]
     x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-    a, b = dib.batched(heads[0], params, x), dib.one_by_one(heads, x)
+    a, b = dib.stacked({0: heads}, dib.stack_parameters(heads), {0: x}), dib.one_by_one(heads, {0: x})
     assert a.shape == (4, 3, 7)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(a[2], heads[2](x).T, rtol=1e-12, atol=1e-12)
@@ -94,7 +108,7 @@ def test_batched_agrees_with_one_by_one():
         ([nn.Linear(4, 3), nn.Dropout()], False),
     ],
 )
-def test_only_plain_decoders_are_batched(layers, expected):
+def test_only_plain_decoders_are_stacked(layers, expected):
     assert dib.is_plain(nn.Sequential(*layers)) is expected
 
 
@@ -174,9 +188,13 @@ def test_repeats_and_draws_anew_with_seed_and_epoch():
 
 def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
     starts = []
-    monkeypatch.setattr(dib, "train", lambda heads, *_: starts.extend(heads) or (torch.zeros(len(heads)),) * 2)
-    for k in (2, 3):
-        measure(toy(), k)
+
+    def train(heads: dict, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        starts.extend(head for of_split in heads.values() for head in of_split)
+        return (torch.zeros(2, len(heads[2])),) * 2
+
+    monkeypatch.setattr(dib, "train", train)
+    dib.measure_splits(plain(), [2, 3], toy(), 3, plain, SGD)
     weights = [head.classifier.weight for head in starts]
     assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
@@ -185,7 +203,7 @@ def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():
     heads = [nn.Sequential(nn.ELU(inplace=True), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval() for _ in range(2)]
     x = torch.randn(5, 6)
     expected = [head(x.clone()).T for head in heads]
-    torch.testing.assert_close(dib.one_by_one(heads, x), torch.stack(expected))
+    torch.testing.assert_close(dib.one_by_one(heads, {1: x}), torch.stack(expected))
 
 
 @pytest.mark.parametrize("build", [convolutional, drawing])
