@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train plots test check-gpu lint
+.PHONY: help venv train plots test check-gpu bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(VENV) ## the tests
 
 check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
 	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)
+
+bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth dib" (all)
+	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 lint: $(VENV) ## check the style
 	.venv/bin/ruff check .
