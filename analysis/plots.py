@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -106,6 +107,15 @@ def marks(epochs: pd.Series) -> int:
     return max(1, epochs.nunique() // 15)
 
 
+def legend(fig: Figure, axis: Axes, title: str) -> None:
+    """The legend of all panels, beside them; in two columns of small print where it is long."""
+    handles, names = axis.get_legend_handles_labels()
+    style = {"ncols": 2, "fontsize": "small", "columnspacing": 1} if len(names) > 10 else {}
+    fig.legend(handles, names, loc="outside right center", title=title, **style)
+    if style:
+        fig.set_figwidth(fig.get_figwidth() + 1.4)
+
+
 def draw_training(epochs: pd.DataFrame, title: str) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.3))
     fig.suptitle(title)
@@ -129,7 +139,7 @@ def draw_nc1(nc1: pd.DataFrame, title: str) -> Figure:
         if (part["nc1"] > 0).any():
             axis.set_yscale("log")
     axes[0, 0].set_ylabel(r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="layer")
+    legend(fig, axes[0, 0], "layer")
     return fig
 
 
@@ -151,7 +161,7 @@ def draw_information(info: pd.DataFrame, drop: pd.Series, title: str) -> Figure:
     fig.supxlabel(f"loss of the heads, still falling over the last tenth of their epochs: {still}", fontsize="small")
     for measure, axis in zip(measures, axes[:, 0], strict=True):
         axis.set_ylabel(f"{measure} (bits)")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="encoder up to")
+    legend(fig, axes[0, 0], "encoder up to")
     return fig
 
 
@@ -180,7 +190,7 @@ def draw_plane(info: pd.DataFrame, title: str) -> Figure:
     axes[0, 0].set_ylabel("sufficiency (bits)")
     colours = fig.colorbar(dots, ax=axes, label="epoch (last one: large marker)")
     colours.locator = MaxNLocator(integer=True)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="encoder up to")
+    legend(fig, axes[0, 0], "encoder up to")
     return fig
 
 

@@ -103,3 +103,17 @@ def test_names_the_file_it_cannot_use(folder, content, message):
         (folder / "epochs.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         plots.main([str(folder)])
+
+
+def test_the_legend_of_many_layers_fits():
+    layers = [f"block{i}" for i in range(1, 19)] + ["pool"]
+    nc1 = pd.DataFrame({"epoch": 1, "set": "train", "layer": layers, "nc1": range(1, 20)})
+    figure = plots.draw_nc1(nc1, "")
+    figure.set_layout_engine("constrained")
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    inside, outside = legend.get_window_extent(), figure.bbox
+    assert outside.x0 <= inside.x0
+    assert outside.y0 <= inside.y0
+    assert inside.x1 <= outside.x1
+    assert inside.y1 <= outside.y1
