@@ -174,6 +174,22 @@ def test_encodings_are_computed_once_if_they_fit():
     assert len(calls) == 1 + 5 * 2 + 2  # at every step, and for the final loss
 
 
+def test_kept_encodings_of_images_keep_their_channels_last(monkeypatch):
+    layouts = []
+
+    def train(heads: dict, encoders: dict, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        z = encoders[1](torch.arange(4))
+        layouts.append(z.shape[1] > 1 and z.is_contiguous(memory_format=torch.channels_last))
+        return (torch.zeros(1, len(heads[1])),) * 2
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
+
+    monkeypatch.setattr(dib, "train", train)
+    dib.measure(build(), 1, toy(shape=(1, 5, 5)), 3, build, SGD)
+    assert layouts == [True]
+
+
 def test_encodings_kept_or_recomputed():
     split = toy()
     assert [h.loss for h in measure(split)] == pytest.approx([h.loss for h in measure(split, keep_bytes=0)], rel=1e-12)
@@ -187,14 +203,17 @@ def test_repeats_and_draws_anew_with_seed_and_epoch():
 
 
 def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
-    starts = []
+    starts, batches = [], []
 
-    def train(heads: dict, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    def train(heads: dict, *rest) -> tuple[torch.Tensor, torch.Tensor]:
         starts.extend(head for of_split in heads.values() for head in of_split)
+        batches.append(rest[-1].initial_seed())
         return (torch.zeros(2, len(heads[2])),) * 2
 
     monkeypatch.setattr(dib, "train", train)
-    dib.measure_splits(plain(), [2, 3], toy(), 3, plain, SGD)
+    for model_epoch in (0, 1):
+        dib.measure_splits(plain(), [2, 3], toy(), 3, plain, SGD, model_epoch=model_epoch)
+    assert len(set(batches)) == 2  # other batches in every epoch
     weights = [head.classifier.weight for head in starts]
     assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
