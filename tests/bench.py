@@ -208,8 +208,11 @@ PARTS = {"nc1": bench_nc1, "memory": bench_memory, "step": bench_step, "growth":
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"some of {', '.join(PARTS)} (all)")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (all)")
     parts = parser.parse_args().parts or list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: expected some of {', '.join(PARTS)}")
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")
