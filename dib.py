@@ -106,9 +106,10 @@ def _number(*parts: int) -> int:
 
 def _seed(cuda: list[torch.device], *parts: int) -> None:
     """Seed torch's global generator on the CPU and on the device in use, and on no other."""
-    torch.default_generator.manual_seed(_number(*parts))
+    number = _number(*parts)
+    torch.default_generator.manual_seed(number)
     if cuda:
-        torch.cuda.manual_seed(_number(*parts))
+        torch.cuda.manual_seed(number)
 
 
 def label(labels: Tensor, num_classes: int, labelings: int, seed: int) -> tuple[list[tuple[int, int | str]], Tensor]:

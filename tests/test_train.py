@@ -26,6 +26,17 @@ def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
     return {name: pd.read_csv(folder / name) for name in train.COLUMNS}
 
 
+def refusal(capsys, *flags: str) -> str:
+    """The one line with which train.py exits, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    return error
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
@@ -142,10 +153,8 @@ def test_compiled_training_gives_the_same_figures(tmp_path):
 def test_never_overwrites_a_run(tmp_path, capsys):
     run(tmp_path / "run", "--no-dib", "--epochs", "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--epochs", "1")
-    assert stop.value.code == 2
-    assert "already holds a run, which is kept: name another folder with --run-dir" in capsys.readouterr().err
+    error = refusal(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--epochs", "1")
+    assert "already holds a run, which is kept: name another folder with --run-dir" in error
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -181,23 +190,14 @@ def test_never_overwrites_a_run(tmp_path, capsys):
 )
 def test_refuses_on_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        train.main([*SMALL, *flags])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert len(error.splitlines()) == 1
+    assert message in refusal(capsys, *SMALL, *flags)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", [name for name in models.ARCHITECTURES if name != "MLP"])
 def test_refuses_szt_with_a_convolution(tmp_path, capsys, model):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--model", model, "--run-dir", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert f"{model} convolves images, channels x height x width, and these inputs are 12: use MLP" in (
-        capsys.readouterr().err
-    )
+    error = refusal(capsys, "--model", model, "--run-dir", str(tmp_path / "run"))
+    assert f"{model} convolves images, channels x height x width, and these inputs are 12: use MLP" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -221,10 +221,8 @@ def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--device", "cuda", "--run-dir", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert "--device cuda is not to be had here: expected one of cpu" in capsys.readouterr().err
+    error = refusal(capsys, "--device", "cuda", "--run-dir", str(tmp_path / "run"))
+    assert "--device cuda is not to be had here: expected one of cpu" in error
 
 
 def test_a_run_that_ended_before_its_first_results_is_no_obstacle(tmp_path, monkeypatch):
@@ -236,19 +234,15 @@ def test_a_run_that_ended_before_its_first_results_is_no_obstacle(tmp_path, monk
 
 
 def test_refuses_batches_of_one_with_batchnorm(tmp_path, pictures, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "1")
-    assert stop.value.code == 2
-    assert "--batch-size 1 gives batches of one sample" in capsys.readouterr().err
+    error = refusal(capsys, *NO_MLP, "-m", "ResNet", "-d", "CIFAR10", "-b", "1", "--run-dir", str(tmp_path / "run"))
+    assert "--batch-size 1 gives batches of one sample" in error
     run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib")  # 40 is 3 x 13 + 1
 
 
 def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--compile")
-    assert stop.value.code == 2
-    assert "--compile needs a C++ compiler ($CXX or g++), which cannot be found here" in capsys.readouterr().err
+    error = refusal(capsys, *SMALL, "--compile", "--run-dir", str(tmp_path / "run"))
+    assert "--compile needs a C++ compiler ($CXX or g++), which cannot be found here" in error
 
 
 def test_from_a_shell_with_every_short_flag(tmp_path):
