@@ -3,6 +3,11 @@ DATA ?= SZT
 PYTHON ?= python3
 VENV := .venv/.complete
 
+# glibc hands large freed blocks back to the system and pays page faults to get them again; kept, a training step of
+# CIFARNet on two cores takes 1.29 s instead of 1.55, and the peak memory is the same.
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+
 .DEFAULT_GOAL := help
 .PHONY: help venv train plots test check-gpu bench lint
 

@@ -58,7 +58,7 @@ def measure(
             means[tap] = sums[tap].div_(counts[:, None])  # (C, d)
             if not means[tap].isfinite().all():
                 raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
-            projections[tap] = whitening(means[tap], counts)  # (d, r)
+            projections[tap] = whitening(means[tap], counts)  # (r, d)
         totals = _second_pass(model, taps, split, batch_size, kept, means, projections)
     finally:
         for module, training in modes:
@@ -66,14 +66,14 @@ def measure(
 
     result = {}
     for tap in taps:
-        d, r = projections[tap].shape
+        r, d = projections[tap].shape
         result[tap] = (d, r, num_classes / len(split) * totals[tap].item() if r else float("nan"))
     return result
 
 
 def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tuple[dict, dict]:
-    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y, version of h), ...]} for those kept."""
-    sums, kept = {}, {}
+    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y), ...]}, the batches of those kept."""
+    sums, kept, versions = {}, {}, []
     for tap, h in reversed(_probe(model, taps, split).items()):
         sums[tap] = torch.zeros(num_classes, h.shape[1], dtype=torch.float64, device=h.device)
         keep_bytes -= len(split) * h.nbytes
@@ -81,26 +81,28 @@ def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tupl
             kept[tap] = []
 
     def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        add_class_sums(sums[tap], h, y)
         if tap in kept:
-            kept[tap].append((h, y, h._version))
+            kept[tap].append((h, y))
+            versions.append((tap, h, h._version))
+        else:
+            add_class_sums(sums[tap], [(h, y)])
 
     _visit(model, taps, split, _batches(split, batch_size, "NC1 class means"), visit, deepest=next(iter(sums), None))
+    for tap, h, version in versions:
+        if h._version != version:
+            raise ValueError(f"NC1: layer {tap!r} has its output overwritten by a layer that works in place")
+    for tap, batches in kept.items():
+        add_class_sums(sums[tap], batches)
     return sums, kept
 
 
 def _second_pass(model, taps, split, batch_size, kept, means, projections) -> dict[str, Tensor]:
     """{tap: sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2}, of the activations kept and, for the other taps, of new ones."""
-    totals = {tap: torch.zeros((), dtype=torch.float64, device=split.labels.device) for tap in means}
+    totals = {tap: squared_distances(batches, means[tap], projections[tap]) for tap, batches in kept.items()}
 
     def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        totals[tap] += squared_distances(h, y, means[tap], projections[tap])
+        totals[tap] = totals.get(tap, 0) + squared_distances([(h, y)], means[tap], projections[tap])
 
-    for tap, batches in kept.items():
-        for h, y, version in batches:
-            if h._version != version:
-                raise ValueError(f"NC1: layer {tap!r} has its output overwritten by a layer that works in place")
-            visit(tap, h, y)
     again = {tap: taps[tap] for tap in means if tap not in kept}
     if again:
         _visit(model, again, split, _batches(split, batch_size, "NC1 distances"), visit, deepest=next(iter(again)))
@@ -113,40 +115,44 @@ def _batches(split, batch_size: int, title: str) -> Iterable[Tensor]:
     return tqdm(indices, title, leave=False, disable=None, delay=1)
 
 
-def add_class_sums(sums: Tensor, h: Tensor, y: Tensor) -> None:
-    """Add the activations h (B, d) of classes y (B,) to the sums of their classes, (C, d) float64."""
-    for rows, h64 in _float64(h):
-        one_hot = torch.nn.functional.one_hot(y[rows], len(sums)).double()  # (b, C)
-        sums.addmm_(one_hot.T, h64)  # (C, b) @ (b, d)
+def add_class_sums(sums: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Add the activations h (B, d) of classes y (B,) of all batches to the sums of their classes, (C, d) float64."""
+    for h, y in _float64(batches):
+        sums.index_add_(0, y, h)
 
 
 def whitening(means: Tensor, counts: Tensor) -> Tensor:
-    """U S^-1 (d, r) of M = U S V^T, from the class means (C, d) and sizes (C,), both float64; r is the rank of M.
+    """S^-1 U^T (r, d) of M = U S V^T, from the class means (C, d) and sizes (C,), both float64; r is the rank of M.
 
     A direction counts towards the rank if its singular value exceeds RANK_TOLERANCE times the largest one and
     MEAN_TOLERANCE times the length of the longest class mean.
     """
     mu = counts @ means / counts.sum()  # (d,)
-    M = (means - mu).T.cpu()  # (d, C): small, and LAPACK's singular values give the same rank on every device
-    U, S, _ = torch.linalg.svd(M, full_matrices=False)  # (d, min(d, C)), (min(d, C),)
+    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK's singular values give the same rank on every device
+    _, S, Ut = torch.linalg.svd(Mt, full_matrices=False)  # M^T = V S U^T: (min(d, C),), (min(d, C), d)
     floor = max(RANK_TOLERANCE * S[0].item(), MEAN_TOLERANCE * means.norm(dim=1).max().item())
     r = int((S > floor).sum())
-    return (U[:, :r] / S[:r]).to(means.device)
+    return (Ut[:r] / S[:r, None]).to(means.device)
 
 
-def squared_distances(h: Tensor, y: Tensor, means: Tensor, P: Tensor) -> Tensor:
-    """sum_i || P^T (h_i - mu_c(i)) ||^2 over the batch h (B, d), y (B,), for P = U S^-1 (d, r): float64, 0-D."""
-    total = torch.zeros((), dtype=torch.float64, device=h.device)
-    for rows, h64 in _float64(h):
-        total += ((h64 - means[y[rows]]) @ P).square().sum()  # (b, d) @ (d, r)
-    return total
+def squared_distances(batches: list[tuple[Tensor, Tensor]], means: Tensor, P: Tensor) -> Tensor:
+    """sum_i || P (h_i - mu_c(i)) ||^2 over all batches h (B, d), y (B,), for P = S^-1 U^T (r, d): float64, 0-D.
+
+    As || P h_i - P mu_c(i) ||: what float64 loses in that difference is below float32's rounding of h itself.
+    """
+    centers = P @ means.T  # (r, C)
+    return sum((P @ h.T - centers[:, y]).square().sum() for h, y in _float64(batches))  # (r, b)
 
 
-def _float64(h: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """h (B, d) in float64, so many rows at a time that no copy exceeds CHUNK_BYTES."""
-    rows = max(1, CHUNK_BYTES // (8 * h.shape[1]))
-    for start in range(0, len(h), rows):
-        yield slice(start, start + rows), h[start : start + rows].double()
+def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, if not one row."""
+    B, d = batches[0][0].shape
+    rows = max(1, CHUNK_BYTES // (8 * d))
+    together = max(1, rows // B)  # batches
+    for i in range(0, len(batches), together):
+        h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]
+        for some_h, some_y in zip(h.split(rows), y.split(rows), strict=True):
+            yield some_h.double(), some_y
 
 
 def _class_counts(labels: Tensor, num_classes: int) -> Tensor:
@@ -171,7 +177,8 @@ def _visit(model: nn.Module, taps: dict[str, nn.Module], split, batches, visit: 
     """Call visit(tap, h, y) with the output h (B, d) of every tap, for every batch of indices, classes y (B,)."""
 
     def hook(tap: str, output: Tensor) -> None:
-        visit(tap, output.flatten(1), y)
+        # the features in the order in which convolutions have them in memory, channels last: NC1 does not depend on it
+        visit(tap, output.movedim(1, -1).flatten(1), y)
         if tap == deepest:
             raise _Enough
 
