@@ -26,7 +26,7 @@ test: $(VENV) ## the tests
 check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
 	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)
 
-bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth dib" (all)
+bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth heads dib" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 lint: $(VENV) ## check the style

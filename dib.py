@@ -64,7 +64,7 @@ def measure_splits(
     which must act elementwise (SGD, Adam, AdamW), of a list of parameters. labelings counts the enumerations of each
     class: the first in data order, the others in random orders that depend on seed alone. The heads' initial weights
     depend on seed, model_epoch and k, their batches on seed and model_epoch: all heads see the same batches, and each
-    becomes what it would be alone. keep_bytes bounds the encodings that are kept, of all splits together.
+    becomes what it would be alone. keep_bytes bounds the encodings kept at a time, beside those they are made from.
     The model, its modes and gradients and all global random states are left as they were.
     Raises ValueError for epochs or labelings below 1, a k that leaves no decoder, and what relabel refuses.
     """
@@ -78,9 +78,13 @@ def measure_splits(
     keys, targets = label(split.labels, num_classes, labelings, seed)
     entropies = [entropy(target, num_classes) for target in targets]
     cuda = [split.labels.device] if split.labels.is_cuda else []
-    result = {}
+    everything = torch.arange(len(split), device=split.labels.device)
+    result, encode, done = {}, lambda indices: split.batch(indices)[0], 0
     for group in _groups(model, ks):
-        encoders = {k: _encoder(model, k, split, batch_size, keep_bytes // len(group)) for k in group}
+        encoders = {}
+        for k in group:  # each encoder goes on from the encodings of the split before
+            encode, done = _encoder(model[done:k], encode, everything.split(batch_size), keep_bytes // len(group)), k
+            encoders[k] = encode
         with torch.random.fork_rng(devices=cuda):
             heads = {}
             for k in group:
@@ -94,9 +98,9 @@ def measure_splits(
 
 
 def _groups(model: nn.Sequential, ks: list[int]) -> list[list[int]]:
-    """The splits whose heads are trained by one optimizer: all plain ones together, each of the others alone."""
+    """The splits whose heads are trained by one optimizer: each alone, but the plain ones, the deepest, together."""
     plain = [k for k in ks if is_plain(model[k:])]
-    return [plain] * bool(plain) + [[k] for k in ks if k not in plain]
+    return [[k] for k in ks if k not in plain] + [plain] * bool(plain)
 
 
 def _number(*parts: int) -> int:
@@ -233,21 +237,19 @@ def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor]) -> Tens
     return torch.stack(logits)
 
 
-def _encoder(model: nn.Sequential, k: int, split, batch_size: int, keep_bytes: int) -> Callable[[Tensor], Tensor]:
-    """indices (B,) -> E(x) (B, ...): computed once for the whole split if that fits keep_bytes, else at every call."""
-    encoder = copy.deepcopy(model[:k]).eval()  # a copy: the model's own modes stay as they are
+def _encoder(blocks: nn.Sequential, source: Callable, batches: tuple[Tensor, ...], keep_bytes: int) -> Callable:
+    """indices (B,) -> blocks(source(indices)), (B, ...): computed once for all batches if that fits keep_bytes."""
+    blocks = copy.deepcopy(blocks).eval()  # a copy: the model's own modes stay as they are
 
     @torch.no_grad()
     def encode(indices: Tensor) -> Tensor:
-        return encoder(split.batch(indices)[0])
+        return blocks(source(indices))
 
-    everything = torch.arange(len(split), device=split.labels.device)
-    one = encode(everything[:1])
-    if len(split) * one.nbytes > keep_bytes:
+    one, N = encode(batches[0][:1]), sum(map(len, batches))
+    if N * one.nbytes > keep_bytes:
         return encode
     layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
-    shape = (len(split), *one.shape[1:])
-    kept = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
-    for indices in everything.split(batch_size):
+    kept = torch.empty((N, *one.shape[1:]), dtype=one.dtype, device=one.device, memory_format=layout)
+    for indices in batches:
         kept[indices] = encode(indices)
     return lambda indices: kept[indices]
