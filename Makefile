@@ -3,9 +3,9 @@ DATA ?= SZT
 PYTHON ?= python3
 VENV := .venv/.complete
 
-# glibc hands large freed blocks back to the system and pays page faults to get them again; kept, a training step of
-# CIFARNet on two cores takes 1.29 s instead of 1.55, and the peak memory is the same.
-export MALLOC_MMAP_MAX_ := 0
+# glibc hands freed memory back to the system and pays page faults to get it again. Blocks of up to 32 MiB kept, a
+# training step on two cores takes 30 ms instead of 46 (MNISTNet) and 1.4 s instead of 1.7 (CIFARNet), at the same peak.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
