@@ -7,9 +7,11 @@ Everything measured goes into the CSVs of the run's folder, which analysis/plots
 
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -18,6 +20,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import ceil, isfinite
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,9 @@ COLUMNS = {
     "nc1.csv": "epoch,set,layer,dim,rank,nc1",
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
 }
+
+# What may change when a run is resumed: how far to go, where things are, the packages' versions.
+MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision")
 
 # A CPU shares the steps of a smaller model among threads at no gain, and where another program wants a core at a great
 # loss (DIB of MLP on SZT, two cores: 0.6 s with one or two threads alone; beside a busy program 0.6 s and 2 to 30 s).
@@ -92,7 +98,9 @@ def make_parser() -> Parser:
     flag("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
     flag("--data-dir", default="datasets", metavar="DIR", help="where image files are (%(default)s)")
     flag("--download", action="store_true", help="fetch the images into --data-dir if they are not there")
+    flag("--deterministic", action="store_true", help="on CUDA only algorithms that repeat bit for bit; slower")
     flag("--run-dir", metavar="DIR", help="the run's folder (runs/<model>-<data>-seed<seed>)")
+    flag("--resume", action="store_true", help="go on from the last finished epoch, with the flags of the run")
     return parser
 
 
@@ -137,11 +145,14 @@ def choose_compile(device: torch.device, wanted: bool | None) -> bool:
     return device.type == "cuda" and not missing if wanted is None else wanted
 
 
-def choose_precision(device: torch.device) -> str:
-    """bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
+def choose_precision(device: torch.device, wanted: str | None) -> str:
+    """By default bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
     if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return wanted or "float32"
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise ValueError(f"--precision bfloat16 is not to be had on {device}: expected float32 or float16")
+    return wanted or ("bfloat16" if has_bfloat16 else "float16")
 
 
 def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
@@ -153,26 +164,127 @@ def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: i
                 )
 
 
-def start_run(folder: Path, hparams: dict) -> None:
-    """Make the folder, the CSVs with their headers, and hparams.json.
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}")
 
-    Raises ValueError where there is anything of a run already, but for one that ended before its first results.
+
+def hparams_of(args: argparse.Namespace) -> dict:
+    return {**vars(args), "torch": str(torch.__version__), "torchvision": torchvision.__version__}
+
+
+def adopt_flags(parser: Parser, arguments: list[str] | None, folder: Path) -> argparse.Namespace:
+    """The arguments parsed with the flags of the run in the folder as defaults.
+
+    Raises ValueError where hparams.json cannot be read, and for flags that differ from it.
     """
-    tables = [folder / name for name in COLUMNS if (folder / name).exists()]
-    if (folder / "checkpoint.pt").exists() or any(len(table.read_text().splitlines()) > 1 for table in tables):
-        raise ValueError(f"{folder} already holds a run, which is kept: name another folder with --run-dir")
+    path = folder / "hparams.json"
     try:
+        recorded = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # json names line and column
+        raise ValueError(f"--resume: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    known = set(hparams_of(parser.parse_args([])))
+    if not isinstance(recorded, dict) or set(recorded) != known:
+        odd = sorted(known.symmetric_difference(recorded)) if isinstance(recorded, dict) else ["not an object"]
+        raise ValueError(f"--resume: {path} does not hold the flags of a run: {', '.join(odd)}")
+    names = known - {"resume", "run_dir", "torch", "torchvision"}
+    parser.set_defaults(**{name: recorded[name] for name in names})
+    args = parser.parse_args(arguments)
+    for name in sorted(names):
+        given, had = getattr(args, name), recorded[name]
+        same = set(given) == set(had) if name in ("sets", "splits") else given == had
+        if not same and name not in MAY_DIFFER:
+            raise ValueError(f"--resume: --{name.replace('_', '-')} is {given}, and the run in {folder} has {had}")
+    if args.epochs < recorded["epochs"]:
+        raise ValueError(f"--resume: --epochs may grow, and {args.epochs} is less than {recorded['epochs']}")
+    return args
+
+
+def start_run(folder: Path, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Make the folder, the CSVs with their headers, hparams.json and the checkpoint of epoch 0.
+
+    Raises ValueError where there is anything of a run already, but for one that ended before its first epoch did.
+    """
+    existing, epochs = [name for name in (*COLUMNS, "checkpoint.pt") if (folder / name).exists()], folder / "epochs.csv"
+    try:
+        if existing and not (epochs.exists() and epochs.read_text().strip() in ("", COLUMNS["epochs.csv"])):
+            raise ValueError(
+                f"{folder} already holds a run: go on with --resume, or name another folder with --run-dir"
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
         for name, columns in COLUMNS.items():
-            (folder / name).write_text(columns + "\n")
-        (folder / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
+            write(folder / name, f"{columns}\n".encode())
+        write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
+        save(folder, 0, hparams, device, parts)
     except OSError as error:
         raise ValueError(f"--run-dir {folder} cannot be written: {error.strerror}") from error
+
+
+def resume_run(folder: Path, hparams: dict, device: torch.device, parts: dict) -> int:
+    """Bring back the model, the optimizer, the scaler, the random state and the CSVs as of the last finished epoch.
+
+    Returns its number. Raises ValueError, before any file is changed, for one that is missing, damaged or of another
+    run. Rows of an unfinished epoch are dropped.
+    """
+    path = folder / "checkpoint.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        begun, tables, epoch = state["hparams"], state["tables"], state["epoch"]
+        differ = [name for name in hparams if name not in MAY_DIFFER and begun[name] != hparams[name]]
+        if differ:
+            raise ValueError(f"it is of a run with {differ[0]} {begun[differ[0]]}, not {hparams[differ[0]]}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], device)
+    except Exception as error:  # torch.load raises half a dozen kinds for files that are no checkpoints
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # its first sentence
+        raise ValueError(f"--resume: {path} is not a checkpoint to go on from: {reason}") from error
+    for name, (size, checksum) in tables.items():
+        content = (folder / name).read_bytes() if (folder / name).exists() else b""
+        if crc32(content[:size]) != checksum:
+            raise ValueError(f"--resume: {folder / name} is not as epoch {epoch} left it: it was edited or cut short")
+    for name, (size, _) in tables.items():
+        with (folder / name).open("rb+") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
+    return epoch
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file, so that after a crash at any moment it holds either the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, has to reach the disk
+    finally:
+        os.close(folder)
 
 
 def append(path: Path, rows: list[tuple]) -> None:
     with path.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save(folder: Path, epoch: int, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Write what it takes to go on after this epoch: the parts' states and the length and checksum of each CSV."""
+    state = {"epoch": epoch, "hparams": hparams, "random": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random_cuda"] = torch.cuda.get_rng_state(device)
+    contents = {name: (folder / name).read_bytes() for name in COLUMNS}
+    state["tables"] = {name: (len(content), crc32(content)) for name, content in contents.items()}
+    file = io.BytesIO()
+    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
+    write(folder / "checkpoint.pt", file.getvalue())
 
 
 @torch.no_grad()
@@ -188,6 +300,29 @@ def evaluate(model: nn.Module, split: data.Split, batch_size: int) -> tuple[floa
     return loss.item() / len(split), right.item() / len(split)
 
 
+def refuse_infinite(finite: torch.Tensor, epoch: int, learning_rate: float) -> None:
+    """Raise FloatingPointError for the first step of which the loss is known not to be finite."""
+    if not finite.all():
+        step = 1 + int(finite.int().argmin())
+        raise FloatingPointError(
+            f"the training loss is not finite in epoch {epoch}, step {step} of {len(finite)}, "
+            f"at learning rate {learning_rate:g}"
+        )
+
+
+def within_memory(what: str, measure: Callable, batch_size: int, keep_bytes: int) -> dict:
+    """The measure; where memory runs out, once more with half the batch and nothing kept, and a line that says so."""
+    try:
+        return measure(batch_size=batch_size, keep_bytes=keep_bytes)
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+    torch.cuda.empty_cache()  # after the clause above, as the error holds on to what the pass had
+    half = max(1, batch_size // 2)
+    tqdm.write(f"{what}: out of memory; once more in batches of {half}, not {batch_size}, with nothing kept")
+    return measure(batch_size=half, keep_bytes=0)
+
+
 def clock(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
@@ -195,13 +330,17 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], nn.Sequential]:
-    """Data, the model's constructor and the model, in a new run folder; args gets every default filled in.
+def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict, int]:
+    """Data, the constructors of the model and of optimizers, the parts that a checkpoint holds, and the number of
+    epochs that are done, in a run folder that is new or goes on; args gets every default filled in.
 
     Raises ValueError for what the flags ask for and cannot be had; nothing is written then.
     """
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(args.deterministic)
     args.device = str(device)
     dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
     options = choose_options(args, dataset)
@@ -216,26 +355,35 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     refuse_batches_of_one(model, dataset, args.batch_size)
-    args.sets = list(dict.fromkeys(args.sets))
+    args.sets = [name for name in ("train", "test") if name in args.sets]
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
-    args.precision = args.precision or choose_precision(device)
-    args.run_dir = args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}"
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    start_run(Path(args.run_dir), {**vars(args), **versions})
-    return dataset, build, model
+    args.precision = choose_precision(device, args.precision)
+    folder = run_folder(args)
+    args.run_dir = str(folder)
+    make_optimizer = partial(OPTIMIZERS[args.optimizer], lr=args.learning_rate, fused=True)
+    parts = {
+        "model": model,
+        "optimizer": make_optimizer([p for p in model.parameters() if p.requires_grad]),
+        # float16 alone can underflow
+        "scaler": torch.amp.GradScaler(device.type, enabled=args.precision == "float16"),
+    }
+    if args.resume:
+        return dataset, build, make_optimizer, parts, resume_run(folder, hparams_of(args), device, parts)
+    start_run(folder, hparams_of(args), device, parts)
+    return dataset, build, make_optimizer, parts, 0
 
 
-def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model: nn.Sequential) -> None:
+def run(
+    args: argparse.Namespace, dataset: data.Dataset, build: Callable, make_optimizer: Callable, parts: dict, done: int
+) -> None:
     """Train, evaluate, measure, log and save, epoch by epoch."""
     folder, device, C = Path(args.run_dir), torch.device(args.device), dataset.num_classes
+    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     sets = {"train": dataset.train, "test": dataset.test}
     taps, cuts = models.taps(model), models.splits(model, args.splits)
-    make_optimizer = partial(OPTIMIZERS[args.optimizer], lr=args.learning_rate, fused=True)
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     precision = PRECISIONS[args.precision]
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # float16 alone can underflow
     # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = torch.compile(model, dynamic=False) if args.compile else model
     keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures
@@ -243,21 +391,25 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
         keep_bytes = min(keep_bytes, torch.cuda.mem_get_info(device)[0] // 3)
     bar = partial(tqdm, leave=False, disable=None)
 
-    for epoch in bar(range(1, args.epochs + 1), desc="epochs"):
+    for epoch in bar(range(done + 1, args.epochs + 1), desc="epochs", initial=done, total=args.epochs):
         start = clock(device)
         model.train()
         order = torch.randperm(len(dataset.train)).to(device, non_blocking=True)
         # batches as even as can be: BatchNorm cannot train on a leftover of one sample
         batches = order.tensor_split(ceil(len(order) / args.batch_size))
-        for indices in bar(batches, desc="training", delay=1):
+        finite = torch.ones(len(batches), dtype=torch.bool, pin_memory=device.type == "cuda")
+        for step, indices in enumerate(bar(batches, desc="training", delay=1)):
             x, y = dataset.train.batch(indices)
             with autocast():
                 loss = F.cross_entropy(network(x), y)
+            finite[step].copy_(loss.detach().isfinite(), non_blocking=True)  # from CUDA it arrives some steps later
+            refuse_infinite(finite, epoch, args.learning_rate)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
         seconds = {"train": clock(device) - start}
+        refuse_infinite(finite, epoch, args.learning_rate)
 
         model.eval()
         scores = {}
@@ -265,44 +417,37 @@ def run(args: argparse.Namespace, dataset: data.Dataset, build: Callable, model:
             start = clock(device)
             scores[name] = evaluate(model, split, args.batch_size)
             seconds.setdefault(name, clock(device) - start)
-        append(folder / "epochs.csv", [(epoch, name, *scores[name], round(seconds[name], 4)) for name in sets])
-
         if not isfinite(scores["train"][0]):
-            sys.exit(f"train.py: error: the training loss is {scores['train'][0]} after epoch {epoch}")
+            raise FloatingPointError(f"the training loss is not finite after epoch {epoch}")
+        rows = {name: [] for name in COLUMNS}
+        rows["epochs.csv"] = [(epoch, name, *scores[name], round(seconds[name], 4)) for name in sets]
 
         start = clock(device)
         collapse = {}
         for name in args.sets if args.nc1 else []:
-            collapse[name] = nc1.measure(model, taps, sets[name], C, args.batch_size, keep_bytes)
-            append(folder / "nc1.csv", [(epoch, name, layer, *value) for layer, value in collapse[name].items()])
+            measure = partial(nc1.measure, model, taps, sets[name], C)
+            collapse[name] = within_memory(f"NC1 of the {name} set", measure, args.batch_size, keep_bytes)
+            rows["nc1.csv"] += [(epoch, name, layer, *value) for layer, value in collapse[name].items()]
         seconds["NC1"] = clock(device) - start
 
         start = clock(device)
         # the split without encoder does not change from epoch to epoch
         ks = [k for k in cuts.values() if epoch == 1 or k > 0]
         for name in args.sets if args.dib else []:
-            heads = dib.measure_splits(
-                model, ks, sets[name], C, build, make_optimizer,
-                args.dib_epochs, args.batch_size, args.labelings, args.seed, epoch, keep_bytes,
+            measure = partial(
+                dib.measure_splits, model, ks, sets[name], C, build, make_optimizer, args.dib_epochs,
+                labelings=args.labelings, seed=args.seed, model_epoch=epoch,
             )  # fmt: skip
-            rows = [(epoch, name, cut, *head) for cut, k in cuts.items() for head in heads.get(k, [])]
-            append(folder / "dib.csv", rows)
+            heads = within_memory(f"DIB of the {name} set", measure, args.batch_size, keep_bytes)
+            rows["dib.csv"] += [(epoch, name, cut, *head) for cut, k in cuts.items() for head in heads.get(k, [])]
         seconds["DIB"] = clock(device) - start
 
-        save(folder / "checkpoint.pt", epoch, device, model=model, optimizer=optimizer, scaler=scaler)
+        # an epoch counts once its checkpoint stands: rows beyond it are dropped by --resume
+        for name in COLUMNS:
+            append(folder / name, rows[name])
+        save(folder, epoch, hparams_of(args), device, parts)
         tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
         sys.stdout.flush()
-
-
-def save(
-    path: Path, epoch: int, device: torch.device, **parts: nn.Module | torch.optim.Optimizer | torch.amp.GradScaler
-) -> None:
-    """Write what it takes to go on after this epoch, and only then replace the last checkpoint."""
-    state = {"epoch": epoch, "random": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random_cuda"] = torch.cuda.get_rng_state()
-    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float]) -> str:
@@ -316,16 +461,37 @@ def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float])
     return f"epoch {epoch}  " + "  ".join(parts)
 
 
+class Stop(BaseException):
+    """SIGINT or SIGTERM: raised at once, as an epoch in flight is done again from its start anyway."""
+
+
+def stop(number: int, frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # one is enough
+    raise Stop(number)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
+    go_on = "finished epochs are kept, and the same command with --resume goes on from them"
     try:
-        prepared = prepare(args)
-    except ValueError as error:
-        parser.error(str(error))
-    run(args, *prepared)
+        try:
+            if args.resume:
+                args = adopt_flags(parser, arguments, run_folder(args))
+            prepared = prepare(args)
+        except ValueError as error:
+            parser.error(str(error))
+        run(args, *prepared)
+    except (ValueError, FloatingPointError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}; {go_on}\n")
+    except Stop as stopped:
+        number = stopped.args[0]
+        parser.exit(128 + number, f"{parser.prog}: stopped by {signal.Signals(number).name}: {go_on}\n")
     print(f"done: the run is in {args.run_dir}; make plots RUN={args.run_dir} draws it")
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     main()

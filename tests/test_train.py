@@ -77,7 +77,7 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
     assert checkpoint["optimizer"]["param_groups"][0]["fused"]
-    assert set(checkpoint) == {"epoch", "random", "model", "optimizer", "scaler"}
+    assert set(checkpoint) == {"epoch", "hparams", "tables", "random", "model", "optimizer", "scaler"}
     assert len(checkpoint["optimizer"]["state"]) == 6  # two moments for every weight and bias
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
@@ -114,13 +114,14 @@ def test_two_epochs_on_grey_images(tmp_path, pictures, model):
 
 
 def test_measuring_does_not_disturb_training_and_a_run_repeats(tmp_path):
-    everything, again = run(tmp_path / "a"), run(tmp_path / "b")
-    run(tmp_path / "c", "--no-nc1", "--no-dib")
-    other = run(tmp_path / "d", "--no-nc1", "--seed", "1")
+    everything = run(tmp_path / "a", "--epochs", "3")
+    run(tmp_path / "b", "--epochs", "3")
+    run(tmp_path / "c", "--no-nc1", "--no-dib", "--epochs", "3")
+    other = run(tmp_path / "d", "--no-nc1", "--seed", "1", "--epochs", "3")
     assert all(torch.equal(v, weights(tmp_path / "c")[k]) for k, v in weights(tmp_path / "a").items())
     assert not torch.equal(weights(tmp_path / "a")["hidden1.0.weight"], weights(tmp_path / "d")["hidden1.0.weight"])
     for name in ("nc1.csv", "dib.csv"):
-        pd.testing.assert_frame_equal(everything[name], again[name], check_exact=True)
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert other["nc1.csv"].empty
     first = [table.query("split == 'input'")["loss"] for table in (other["dib.csv"], everything["dib.csv"])]
     assert not first[0].equals(first[1])  # no encoder there: DIB's own draws differ
@@ -128,6 +129,8 @@ def test_measuring_does_not_disturb_training_and_a_run_repeats(tmp_path):
 
 def test_dib_is_the_same_whatever_else_is_measured(tmp_path):
     everything = run(tmp_path / "a")["dib.csv"]
+    run(tmp_path / "without", "--no-nc1")
+    assert (tmp_path / "a" / "dib.csv").read_bytes() == (tmp_path / "without" / "dib.csv").read_bytes()
     part = run(tmp_path / "b", "--no-nc1", "--sets", "test", "--splits", "hidden2", "--labelings", "2")["dib.csv"]
     expected = everything.query("set == 'test' and split == 'hidden2'")
     got = part.query("permutation == 0")
@@ -154,7 +157,7 @@ def test_never_overwrites_a_run(tmp_path, capsys):
     run(tmp_path / "run", "--no-dib", "--epochs", "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     error = refusal(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--epochs", "1")
-    assert "already holds a run, which is kept: name another folder with --run-dir" in error
+    assert "already holds a run: go on with --resume, or name another folder with --run-dir" in error
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -201,11 +204,6 @@ def test_refuses_szt_with_a_convolution(tmp_path, capsys, model):
     assert not list(tmp_path.iterdir())
 
 
-def test_stops_where_the_loss_is_not_finite(tmp_path):
-    with pytest.raises(SystemExit, match=r"the training loss is (nan|inf) after epoch 1"):
-        run(tmp_path / "run", "-lr", "1e18", "-opt", "SGD", "-nl", "LeakyReLU")
-
-
 def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
     epochs, summary = [], train.summary
 
@@ -223,14 +221,6 @@ def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
 def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
     error = refusal(capsys, "--device", "cuda", "--run-dir", str(tmp_path / "run"))
     assert "--device cuda is not to be had here: expected one of cpu" in error
-
-
-def test_a_run_that_ended_before_its_first_results_is_no_obstacle(tmp_path, monkeypatch):
-    with monkeypatch.context() as broken:
-        broken.setattr(train, "evaluate", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(tmp_path / "run")
-    run(tmp_path / "run", "--no-dib")
 
 
 def test_refuses_batches_of_one_with_batchnorm(tmp_path, pictures, capsys):
