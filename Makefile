@@ -9,7 +9,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train plots test check-gpu bench lint
+.PHONY: help venv train plots test test-slow check-gpu bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
 
 test: $(VENV) ## the tests
 	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: $(VENV) ## the tests that take minutes: 1,000 cases of each property, a run killed 20 times
+	CASES=1000 .venv/bin/python -m pytest -m "slow or hypothesis" $(ARGS)
 
 check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
 	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)

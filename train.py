@@ -53,7 +53,12 @@ ONE_THREAD_BELOW = 10_000  # parameters
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line instead of argparse's usage and error."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.end(2, f"error: {message}")
+
+    def end(self, status: int, message: str) -> None:
+        """Exit with the message on one line, whatever characters of an argument it repeats."""
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        self.exit(status, f"{self.prog}: {line}\n")
 
 
 def number(kind: type, low: float, strict: bool = False) -> Callable:
@@ -484,10 +489,10 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(str(error))
         run(args, *prepared)
     except (ValueError, FloatingPointError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}; {go_on}\n")
+        parser.end(1, f"error: {error}; {go_on}")
     except Stop as stopped:
         number = stopped.args[0]
-        parser.exit(128 + number, f"{parser.prog}: stopped by {signal.Signals(number).name}: {go_on}\n")
+        parser.end(128 + number, f"stopped by {signal.Signals(number).name}: {go_on}")
     print(f"done: the run is in {args.run_dir}; make plots RUN={args.run_dir} draws it")
 
 

@@ -30,11 +30,12 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
-COLUMNS = {
+COLUMNS = {  # what is drawn
     "epochs": ["epoch", "set", "loss", "accuracy"],
     "nc1": ["epoch", "set", "layer", "nc1"],
     "dib": ["epoch", "set", "split", "labeling", "entropy", "loss", "drop"],
 }
+WORDS = ("set", "layer", "split", "labeling")
 VIRIDIS = ListedColormap(
     matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256))
 )  # without the yellow, faint on paper
@@ -50,20 +51,35 @@ def newest(runs: Path = Path("runs")) -> Path:
 
 
 def read(run: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a run by name; a measure that was switched off is an empty table."""
-    tables = {}
-    for name, columns in COLUMNS.items():
-        path = run / f"{name}.csv"
-        try:
-            tables[name] = pd.read_csv(path, dtype={"labeling": str})
-        except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-            raise ValueError(f"{path} is not a CSV of a run: {error}") from None
-        missing = [c for c in columns if c not in tables[name]]
-        if missing:
-            raise ValueError(f"{path} lacks the column {missing[0]!r}: expected {','.join(columns)}")
+    """The tables of a run by name; a measure that was switched off is an empty table.
+
+    Raises ValueError, naming the file and where it can the line, for a table that is not one of a run.
+    """
+    tables = {name: read_table(run / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
     if tables["epochs"].empty:
         raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
     return tables
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors, and name the line
+        raise ValueError(f"{path} is not a CSV of a run: {' '.join(str(error).split())}") from None
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
+    for column in columns:
+        texts = table[column].fillna("")
+        if column in WORDS:
+            bad, expected = texts == "", "a name"
+        else:
+            table[column] = pd.to_numeric(texts, errors="coerce")
+            bad, expected = table[column].isna() & (texts != "nan"), "a number"
+        if bad.any():
+            line = int(bad.argmax())
+            raise ValueError(f"{path}, line {line + 2}: {column} is {texts[line]!r}, expected {expected}")
+    return table
 
 
 def information(dib: pd.DataFrame) -> pd.DataFrame:

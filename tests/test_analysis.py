@@ -1,4 +1,5 @@
 import os
+import re
 from math import log
 
 import pandas as pd
@@ -90,19 +91,27 @@ def test_newest_run(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "epochs.csv is not a CSV of a run"),
-        ("", "epochs.csv is not a CSV of a run"),
-        ("a,b\n1,2\n", "epochs.csv lacks the column 'epoch'"),
-        (EPOCHS.splitlines()[0] + "\n", "holds no finished epoch"),
+        (None, "epochs.csv is not a CSV of a run: [Errno 2] No such file"),
+        ("", "epochs.csv is not a CSV of a run: No columns"),
+        ("a,b\n1,2\n", "epochs.csv, line 1, lacks the column 'epoch'"),
+        (EPOCHS.splitlines()[0] + "\n", "epochs.csv holds no finished epoch"),
+        (EPOCHS + "3,tra", "epochs.csv, line 6: loss is '', expected a number"),
+        (EPOCHS + "3", "epochs.csv, line 6: set is '', expected a name"),
+        (EPOCHS + "\n\n", "epochs.csv, line 6: epoch is '', expected a number"),
+        (EPOCHS + "3,test,0.6,6 %,1\n", "epochs.csv, line 6: accuracy is '6 %', expected a number"),
+        (EPOCHS + "3,test,0.6,0.5,1,7,8\n", "epochs.csv is not a CSV of a run: Error tokenizing data"),
+        (EPOCHS.replace("\n2", "\nx", 1), "epochs.csv, line 4: epoch is 'x', expected a number"),
+        (b"\x89PNG\xff\xfe", "epochs.csv is not a CSV of a run: 'utf-8' codec"),
     ],
 )
-def test_names_the_file_it_cannot_use(folder, content, message):
-    if content is None:
-        (folder / "epochs.csv").unlink()
-    else:
-        (folder / "epochs.csv").write_text(content)
-    with pytest.raises(ValueError, match=message):
+def test_names_the_file_and_line_it_cannot_use(folder, content, message):
+    path = folder / "epochs.csv"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
         plots.main([str(folder)])
+    assert not (folder / "figures").exists()
 
 
 def test_the_legend_of_many_layers_fits():
