@@ -53,9 +53,8 @@ def measure(
     model.eval()
     try:
         sums, kept = _first_pass(model, taps, split, num_classes, batch_size, keep_bytes)
-        means, projections = {}, {}
-        for tap in sums:
-            means[tap] = sums[tap].div_(counts[:, None])  # (C, d)
+        means, projections = {tap: sums[tap].div_(counts[:, None]) for tap in sums}, {}  # (C, d)
+        for tap in reversed(means):  # the first layer that is not finite spoils the deeper ones
             if not means[tap].isfinite().all():
                 raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
             projections[tap] = whitening(means[tap], counts)  # (r, d)

@@ -6,9 +6,6 @@ Everything measured goes into the CSVs of the run's folder, which analysis/plots
 """
 
 import argparse
-import csv
-import io
-import json
 import os
 import shutil
 import signal
@@ -16,11 +13,11 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from math import ceil, isfinite
 from pathlib import Path
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -32,19 +29,11 @@ import data
 import dib
 import models
 import nc1
+import runs
 from models import cifarnet, mlp
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
-COLUMNS = {
-    "epochs.csv": "epoch,set,loss,accuracy,seconds",
-    "nc1.csv": "epoch,set,layer,dim,rank,nc1",
-    "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
-}
-
-# What may change when a run is resumed: how far to go, where things are, the packages' versions.
-MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision")
-
 # A CPU shares the steps of a smaller model among threads at no gain, and where another program wants a core at a great
 # loss (DIB of MLP on SZT, two cores: 0.6 s with one or two threads alone; beside a busy program 0.6 s and 2 to 30 s).
 ONE_THREAD_BELOW = 10_000  # parameters
@@ -177,119 +166,23 @@ def hparams_of(args: argparse.Namespace) -> dict:
     return {**vars(args), "torch": str(torch.__version__), "torchvision": torchvision.__version__}
 
 
-def adopt_flags(parser: Parser, arguments: list[str] | None, folder: Path) -> argparse.Namespace:
-    """The arguments parsed with the flags of the run in the folder as defaults.
-
-    Raises ValueError where hparams.json cannot be read, and for flags that differ from it.
-    """
-    path = folder / "hparams.json"
-    try:
-        recorded = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # json names line and column
-        raise ValueError(f"--resume: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    known = set(hparams_of(parser.parse_args([])))
-    if not isinstance(recorded, dict) or set(recorded) != known:
-        odd = sorted(known.symmetric_difference(recorded)) if isinstance(recorded, dict) else ["not an object"]
-        raise ValueError(f"--resume: {path} does not hold the flags of a run: {', '.join(odd)}")
-    names = known - {"resume", "run_dir", "torch", "torchvision"}
+def adopt_flags(parser: Parser, arguments: list[str] | None, folder: Path, recorded: dict) -> argparse.Namespace:
+    """The arguments, with the flags recorded of a run as defaults; ValueError for flags that differ from them."""
+    names = set(vars(parser.parse_args([]))) - {"resume", "run_dir"}
+    if not names <= set(recorded):
+        raise ValueError(
+            f"{folder} holds a run of another version: it has no {', '.join(sorted(names - set(recorded)))}"
+        )
     parser.set_defaults(**{name: recorded[name] for name in names})
     args = parser.parse_args(arguments)
-    for name in sorted(names):
+    for name in sorted(names.difference(runs.MAY_DIFFER)):
         given, had = getattr(args, name), recorded[name]
         same = set(given) == set(had) if name in ("sets", "splits") else given == had
-        if not same and name not in MAY_DIFFER:
+        if not same:
             raise ValueError(f"--resume: --{name.replace('_', '-')} is {given}, and the run in {folder} has {had}")
     if args.epochs < recorded["epochs"]:
         raise ValueError(f"--resume: --epochs may grow, and {args.epochs} is less than {recorded['epochs']}")
     return args
-
-
-def start_run(folder: Path, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Make the folder, the CSVs with their headers, hparams.json and the checkpoint of epoch 0.
-
-    Raises ValueError where there is anything of a run already, but for one that ended before its first epoch did.
-    """
-    existing, epochs = [name for name in (*COLUMNS, "checkpoint.pt") if (folder / name).exists()], folder / "epochs.csv"
-    try:
-        if existing and not (epochs.exists() and epochs.read_text().strip() in ("", COLUMNS["epochs.csv"])):
-            raise ValueError(
-                f"{folder} already holds a run: go on with --resume, or name another folder with --run-dir"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        for name, columns in COLUMNS.items():
-            write(folder / name, f"{columns}\n".encode())
-        write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
-        save(folder, 0, hparams, device, parts)
-    except OSError as error:
-        raise ValueError(f"--run-dir {folder} cannot be written: {error.strerror}") from error
-
-
-def resume_run(folder: Path, hparams: dict, device: torch.device, parts: dict) -> int:
-    """Bring back the model, the optimizer, the scaler, the random state and the CSVs as of the last finished epoch.
-
-    Returns its number. Raises ValueError, before any file is changed, for one that is missing, damaged or of another
-    run. Rows of an unfinished epoch are dropped.
-    """
-    path = folder / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        begun, tables, epoch = state["hparams"], state["tables"], state["epoch"]
-        differ = [name for name in hparams if name not in MAY_DIFFER and begun[name] != hparams[name]]
-        if differ:
-            raise ValueError(f"it is of a run with {differ[0]} {begun[differ[0]]}, not {hparams[differ[0]]}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], device)
-    except Exception as error:  # torch.load raises half a dozen kinds for files that are no checkpoints
-        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # its first sentence
-        raise ValueError(f"--resume: {path} is not a checkpoint to go on from: {reason}") from error
-    for name, (size, checksum) in tables.items():
-        content = (folder / name).read_bytes() if (folder / name).exists() else b""
-        if crc32(content[:size]) != checksum:
-            raise ValueError(f"--resume: {folder / name} is not as epoch {epoch} left it: it was edited or cut short")
-    for name, (size, _) in tables.items():
-        with (folder / name).open("rb+") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
-    write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
-    return epoch
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace the file, so that after a crash at any moment it holds either the old content or the new."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, has to reach the disk
-    finally:
-        os.close(folder)
-
-
-def append(path: Path, rows: list[tuple]) -> None:
-    with path.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def save(folder: Path, epoch: int, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Write what it takes to go on after this epoch: the parts' states and the length and checksum of each CSV."""
-    state = {"epoch": epoch, "hparams": hparams, "random": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random_cuda"] = torch.cuda.get_rng_state(device)
-    contents = {name: (folder / name).read_bytes() for name in COLUMNS}
-    state["tables"] = {name: (len(content), crc32(content)) for name, content in contents.items()}
-    file = io.BytesIO()
-    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
-    write(folder / "checkpoint.pt", file.getvalue())
 
 
 @torch.no_grad()
@@ -335,11 +228,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict, int]:
-    """Data, the constructors of the model and of optimizers, the parts that a checkpoint holds, and the number of
-    epochs that are done, in a run folder that is new or goes on; args gets every default filled in.
+def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict]:
+    """Data, the constructors of the model and of optimizers, and the parts that a checkpoint holds; nothing is written.
 
-    Raises ValueError for what the flags ask for and cannot be had; nothing is written then.
+    args gets every default filled in. Raises ValueError for what the flags ask for and cannot be had.
     """
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
@@ -364,8 +256,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
     args.precision = choose_precision(device, args.precision)
-    folder = run_folder(args)
-    args.run_dir = str(folder)
+    args.run_dir = str(run_folder(args))
     make_optimizer = partial(OPTIMIZERS[args.optimizer], lr=args.learning_rate, fused=True)
     parts = {
         "model": model,
@@ -373,10 +264,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
         # float16 alone can underflow
         "scaler": torch.amp.GradScaler(device.type, enabled=args.precision == "float16"),
     }
-    if args.resume:
-        return dataset, build, make_optimizer, parts, resume_run(folder, hparams_of(args), device, parts)
-    start_run(folder, hparams_of(args), device, parts)
-    return dataset, build, make_optimizer, parts, 0
+    return dataset, build, make_optimizer, parts
 
 
 def run(
@@ -423,8 +311,11 @@ def run(
             scores[name] = evaluate(model, split, args.batch_size)
             seconds.setdefault(name, clock(device) - start)
         if not isfinite(scores["train"][0]):
-            raise FloatingPointError(f"the training loss is not finite after epoch {epoch}")
-        rows = {name: [] for name in COLUMNS}
+            raise FloatingPointError(
+                f"the training loss is not finite after the last step of epoch {epoch}, "
+                f"at learning rate {args.learning_rate:g}"
+            )
+        rows = {name: [] for name in runs.COLUMNS}
         rows["epochs.csv"] = [(epoch, name, *scores[name], round(seconds[name], 4)) for name in sets]
 
         start = clock(device)
@@ -448,9 +339,8 @@ def run(
         seconds["DIB"] = clock(device) - start
 
         # an epoch counts once its checkpoint stands: rows beyond it are dropped by --resume
-        for name in COLUMNS:
-            append(folder / name, rows[name])
-        save(folder, epoch, hparams_of(args), device, parts)
+        runs.append(folder, rows)
+        runs.save(folder, epoch, hparams_of(args), device, parts)
         tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
         sys.stdout.flush()
 
@@ -472,28 +362,38 @@ class Stop(BaseException):
 
 def stop(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # one is enough
+        signal.signal(each, signal.SIG_DFL)  # a second one ends the program where it stands
     raise Stop(number)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    go_on = "finished epochs are kept, and the same command with --resume goes on from them"
+    folder, running, done, kept = run_folder(args), False, 0, ""
     try:
-        try:
+        with ExitStack() as stack:
             if args.resume:
-                args = adopt_flags(parser, arguments, run_folder(args))
-            prepared = prepare(args)
-        except ValueError as error:
-            parser.error(str(error))
-        run(args, *prepared)
-    except (ValueError, FloatingPointError, OSError) as error:
-        parser.end(1, f"error: {error}; {go_on}")
+                stack.enter_context(runs.locked(folder))
+                state = runs.load(folder)
+                args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
+            else:
+                runs.refuse_existing(folder)
+            dataset, build, make_optimizer, parts = prepare(args)
+            if args.resume:
+                runs.resume(folder, state, hparams_of(args), torch.device(args.device), parts)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(runs.locked(folder))
+                runs.start(folder, hparams_of(args), torch.device(args.device), parts)
+            running, kept = True, f"; finished epochs are kept in {folder}"
+            run(args, dataset, build, make_optimizer, parts, done)
+        print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        parser.end(1 if running else 2, f"error: {error}{kept}")
     except Stop as stopped:
+        go_on = ", and the same command with --resume goes on from them" if running else " before the run began"
         number = stopped.args[0]
-        parser.end(128 + number, f"stopped by {signal.Signals(number).name}: {go_on}")
-    print(f"done: the run is in {args.run_dir}; make plots RUN={args.run_dir} draws it")
+        parser.end(128 + number, f"stopped by {signal.Signals(number).name}{kept}{go_on}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -63,16 +64,23 @@ def read(run: Path) -> dict[str, pd.DataFrame]:
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors, and name the line
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' errors are ValueErrors, and name the line
         raise ValueError(f"{path} is not a CSV of a run: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
     for column in columns:
         texts = table[column].fillna("")
-        if column in WORDS:
+        if column == "set":
+            bad, expected = ~texts.isin(["train", "test"]), "train or test"
+        elif column in WORDS:
             bad, expected = texts == "", "a name"
+        elif column == "epoch":
+            bad, expected = ~texts.str.fullmatch("[1-9][0-9]{,8}"), "a whole number from 1"
+            table[column] = pd.to_numeric(texts, errors="coerce")
         else:
             table[column] = pd.to_numeric(texts, errors="coerce")
             bad, expected = table[column].isna() & (texts != "nan"), "a number"
@@ -211,7 +219,7 @@ def draw_plane(info: pd.DataFrame, title: str) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("run", nargs="?", type=Path, help="the run's folder (the newest under runs/)")
     run = parser.parse_args(arguments).run or newest()
     tables = read(run)
@@ -234,6 +242,6 @@ if __name__ == "__main__":
     try:
         with plt.rc_context(STYLE):
             main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"plots.py: error: {error}", file=sys.stderr)
         sys.exit(2)

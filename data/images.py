@@ -43,4 +43,6 @@ def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Te
     expected = (sizes[0 if train else 1], *shape)
     if tuple(x.shape) != expected or len(y) != len(x):
         raise ValueError(f"{name} in {place} holds {tuple(x.shape)} images and {len(y)} labels, expected {expected}")
+    if not (0 <= y.min() and y.max() < NUM_CLASSES):
+        raise ValueError(f"{name} in {place} holds labels {y.min()}..{y.max()}, expected 0..{NUM_CLASSES - 1}")
     return x, y.long()

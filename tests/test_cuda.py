@@ -95,3 +95,23 @@ def test_training_steps_do_not_synchronise(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(train, "clock", relaxed)
     flags = ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "10", "--no-dib", "--no-nc1", "--no-compile", "--epochs", "2"]
     train.main([*flags, "--run-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("model", ["MLP", "CIFARNet", "ResNet", "ConvNeXt"])
+def test_deterministic_runs_repeat_also_when_resumed(tmp_path, pictures, model):
+    """The models that pool, normalise and draw; every byte of the CSVs but the seconds."""
+    flags = ["-m", model, "-d", "CIFAR10", "-b", "20", "--dib-epochs", "2", "--splits", "input", "--deterministic"]
+    for name, epochs in (("a", ["2"]), ("b", ["2"]), ("c", ["1", "2"])):
+        for i, number in enumerate(epochs):
+            train.main([*flags, "--epochs", number, "--run-dir", str(tmp_path / name), *["--resume"] * (i > 0)])
+    a, b, c = ([(tmp_path / run / name).read_text() for name in ("nc1.csv", "dib.csv")] for run in "abc")
+    assert a == b
+    assert a == c
+
+
+def test_a_loss_that_is_not_finite_is_seen_without_waiting_for_it(tmp_path, pictures, capsys):
+    flags = ["-m", "MLP", "-d", "CIFAR10", "-b", "4", "-lr", "1e18", "-opt", "SGD", "--precision", "float32"]
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags, "--no-compile", "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == 1
+    assert "the training loss is not finite in epoch 1, step" in capsys.readouterr().err

@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+import dib
 import models
 import nc1
+import runs
 import train
 from tests.test_train import ROOT, refusal
 
@@ -27,7 +30,7 @@ class Crash(BaseException):
 
 def results(folder: Path) -> dict[str, str]:
     """The CSVs but for the seconds, which differ from run to run."""
-    texts = {name: (folder / name).read_text() for name in train.COLUMNS}
+    texts = {name: (folder / name).read_text() for name in runs.COLUMNS}
     texts["epochs.csv"] = "\n".join(line.rsplit(",", 1)[0] for line in texts["epochs.csv"].splitlines())
     return texts
 
@@ -48,7 +51,7 @@ def whole(tmp_path) -> Path:
 @pytest.fixture
 def half(tmp_path, monkeypatch) -> Path:
     """A run that ended within its second epoch."""
-    save = train.save
+    save = runs.save
 
     def crash(folder: Path, epoch: int, *rest) -> None:
         if epoch == 2:
@@ -56,7 +59,7 @@ def half(tmp_path, monkeypatch) -> Path:
         save(folder, epoch, *rest)
 
     with monkeypatch.context() as failing:
-        failing.setattr(train, "save", crash)
+        failing.setattr(runs, "save", crash)
         with pytest.raises(Crash):
             train.main([*TINY, "--run-dir", str(tmp_path / "half")])
     return tmp_path / "half"
@@ -81,7 +84,7 @@ def test_goes_on_from_a_crash_at_any_write(tmp_path, monkeypatch, whole, call):
                 break
             except Crash:
                 crashes += 1
-        go_on = (tmp_path / "run" / "checkpoint.pt").exists()  # else nothing was begun
+        go_on = (tmp_path / "run" / "hparams.json").exists()  # else nothing was begun
         train.main([*flags, *["--resume"] * go_on])
         assert_same(whole, tmp_path / "run")
         resumed += go_on
@@ -91,7 +94,7 @@ def test_goes_on_from_a_crash_at_any_write(tmp_path, monkeypatch, whole, call):
 
 
 def test_drops_rows_of_an_unfinished_epoch_and_torn_ones(whole, half):
-    for name in train.COLUMNS:
+    for name in runs.COLUMNS:
         assert "\n2," in (half / name).read_text()
         with (half / name).open("a") as file:
             file.write("1,tra")
@@ -166,6 +169,11 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
 
 
+def retouch(run: Path, **changes) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | changes, run / "checkpoint.pt")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -177,9 +185,23 @@ def edit(path: Path, old: str, new: str) -> None:
         (lambda run: torch.save(torch.nn.ReLU(), run / "checkpoint.pt"), "checkpoint.pt is not a checkpoint to go on"),
         (lambda run: (run / "hparams.json").unlink(), "hparams.json cannot be read: No such file or directory"),
         (lambda run: edit(run / "hparams.json", ",\n", "\n"), "hparams.json cannot be read: Expecting ',' delimiter"),
-        (lambda run: (run / "hparams.json").write_text("[]"), "hparams.json does not hold the flags of a run: not an"),
-        (lambda run: edit(run / "hparams.json", '"seed"', '"sead"'), "does not hold the flags of a run: sead, seed"),
-        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 7'), "it is of a run with seed 0, not 7"),
+        (lambda run: (run / "hparams.json").write_text("[]"), "hparams.json does not hold the flags of a run"),
+        (
+            lambda run: edit(run / "hparams.json", '"seed"', '"sead"'),
+            "hparams.json has nothing as seed, and checkpoint.pt",
+        ),
+        (
+            lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 7'),
+            "hparams.json has 7 as seed, and checkpoint.pt",
+        ),
+        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 0.0'), "hparams.json has 0.0 as seed, and"),
+        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": []'), "hparams.json has [] as seed, and"),
+        (lambda run: retouch(run, tables={}), "checkpoint.pt is not a checkpoint to go on from: it lacks a table"),
+        (lambda run: retouch(run, epoch=99), "checkpoint.pt is not a checkpoint to go on from: it lacks a table or an"),
+        (lambda run: retouch(run, epoch="x"), "checkpoint.pt is not a checkpoint to go on from:"),
+        (lambda run: retouch(run, tables=[1]), "checkpoint.pt is not a checkpoint to go on from:"),
+        (lambda run: retouch(run, hparams=None), "checkpoint.pt is not a checkpoint to go on from:"),
+        (lambda run: retouch(run, model={}), "checkpoint.pt does not fit the model: Error(s) in loading state_dict"),
         (lambda run: edit(run / "nc1.csv", "1,train", "1,tarin"), "nc1.csv is not as epoch 1 left it"),
         (lambda run: os.truncate(run / "dib.csv", 100), "dib.csv is not as epoch 1 left it"),
         (lambda run: (run / "epochs.csv").unlink(), "epochs.csv is not as epoch 1 left it"),
@@ -191,32 +213,84 @@ def test_resume_names_the_file_that_is_damaged(half, capsys, damage, message):
 
 
 def test_resume_refuses_the_checkpoint_of_another_run(tmp_path, half, capsys):
-    train.main([*TINY, "--seed", "5", "--no-dib", "--run-dir", str(tmp_path / "other")])
+    train.main([*TINY, "--seed", "5", "--run-dir", str(tmp_path / "other")])
     shutil.copy(tmp_path / "other" / "checkpoint.pt", half)
-    refuses(half, capsys, "checkpoint.pt is not a checkpoint to go on from: it is of a run with seed 5, not 0")
+    refuses(half, capsys, "hparams.json has 0 as seed, and checkpoint.pt beside it 5")
+
+
+def test_one_process_at_a_time(half, capsys):
+    with runs.locked(half):
+        refuses(half, capsys, f"another process is writing to {half}")
+
+
+@pytest.mark.parametrize("name", [*runs.COLUMNS, "checkpoint.pt"])
+def test_a_new_run_spares_what_is_left_of_another(half, capsys, name):
+    for other in {*runs.COLUMNS, "checkpoint.pt", "hparams.json"} - {name}:
+        (half / other).unlink()
+    before = (half / name).read_bytes()
+    assert "already holds a run: go on with --resume" in refusal(capsys, *TINY, "--run-dir", str(half))
+    assert [path.name for path in half.iterdir()] == [name]
+    assert (half / name).read_bytes() == before
+
+
+def test_a_new_run_spares_tables_that_were_emptied(half, capsys):
+    (half / "epochs.csv").write_bytes(b"")
+    assert "already holds a run" in refusal(capsys, *TINY, "--run-dir", str(half))
+
+
+@pytest.mark.parametrize("where", ["a" * 300, "file", "file/run", "run"])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys, where):
+    """Too long a name, a file, below a file, a folder whose CSV is a folder."""
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "nc1.csv").mkdir(parents=True)
+    assert where in refusal(capsys, *TINY, "--run-dir", str(tmp_path / where))
+    assert "train.py: error:" in refusal(capsys, *TINY, "--resume", "--run-dir", str(tmp_path / where))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "nc1.csv", "run"]
 
 
 def test_nothing_to_resume(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = refusal(capsys, "--resume")
-    assert "runs/MLP-SZT-seed0/hparams.json cannot be read: No such file or directory" in error
+    assert "No such file or directory: 'runs/MLP-SZT-seed0'" in error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_the_last_finished_epoch(tmp_path, capsys, whole, half):
-    """Files may not grow beyond what the second epoch needs."""
-    size = (half / "checkpoint.pt").stat().st_size
-    for limit in (1, size - 1):
-        command = (
-            f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2); import train; train.main()"
-        )
-        flags = ["--run-dir", str(half), "--resume"]
-        done = subprocess.run([sys.executable, "-c", command, *flags], cwd=ROOT, capture_output=True, text=True)
-        assert "File too large" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert done.returncode == 1
+def limited(size: int, *flags: str) -> subprocess.CompletedProcess:
+    """train.py where no file may grow beyond size bytes, as on a full disk."""
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2); import train; train.main()"
+    return subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_full_disk_keeps_the_last_finished_epoch(whole, half):
+    flags = ["--run-dir", str(half), "--resume"]
+    room = (half / "dib.csv").stat().st_size  # enough for epoch 1 but for its checkpoint, which is larger
+    assert room < (half / "checkpoint.pt").stat().st_size
+    done = limited(room, *flags)
+    assert "File too large" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     train.main(flags)
     assert_same(whole, half)
+
+
+def test_a_disk_that_fills_up_within_an_epoch(tmp_path, whole):
+    flags = [*TINY, "--no-dib", "--epochs", "130", "--run-dir", str(tmp_path / "run")]
+    room = (whole / "checkpoint.pt").stat().st_size + 2000  # the rows of some epochs, too, fit in that
+    done = limited(room, *flags)
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"train.py: error: [Errno 27] File too large; finished epochs are kept in {tmp_path / 'run'}\n"
+    )
+    assert 2 < runs.load(tmp_path / "run")["epoch"] < 130
+    train.main(["--run-dir", str(tmp_path / "run"), "--resume"])
+    train.main([*flags[:-1], str(tmp_path / "other")])
+    assert_same(tmp_path / "other", tmp_path / "run")
+
+
+def test_a_full_disk_leaves_nothing_of_a_new_run(tmp_path):
+    done = limited(4096, *TINY, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert done.stderr == f"train.py: error: {tmp_path / 'run'} cannot be written: File too large\n"
+    assert not list(tmp_path.iterdir())
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
@@ -226,15 +300,14 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_stop_the_run_and_say_how_to_go_on(tmp_path, name, status):
-    flags = ["--epochs", "150", "--no-dib"]
+    flags = ["--epochs", "20"]
     process = start(tmp_path / "run", *flags)
     process.stdout.readline()  # an epoch is done
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=30)
     assert process.returncode == status
-    expected = f"train.py: stopped by {name}: finished epochs are kept, and the same command with --resume goes on"
-    assert error.startswith(expected)
-    assert len(error.splitlines()) == 1
+    kept = f"finished epochs are kept in {tmp_path / 'run'}, and the same command with --resume goes on from them"
+    assert error == f"train.py: stopped by {name}; {kept}\n"
     train.main([*TINY, *flags, "--run-dir", str(tmp_path / "whole")])
     train.main([*TINY, *flags, "--run-dir", str(tmp_path / "run"), "--resume"])
     assert_same(tmp_path / "whole", tmp_path / "run")
@@ -254,7 +327,7 @@ def test_twenty_kills(tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         kills += 1
-        begun = (tmp_path / "run" / "checkpoint.pt").exists()
+        begun = (tmp_path / "run" / "hparams.json").exists()
     epoch = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"]
     assert 0 < epoch < 400
     train.main([*TINY, *flags, "--run-dir", str(tmp_path / "run"), "--resume"])
@@ -289,14 +362,14 @@ def test_an_activation_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch
     measure = nc1.measure
 
     def broken(model: torch.nn.Sequential, *rest, **options) -> dict:
-        model.hidden2[0].weight.data.fill_(float("inf"))
+        model.hidden1[0].weight.data.fill_(float("inf"))
         return measure(model, *rest, **options)
 
     monkeypatch.setattr(nc1, "measure", broken)
     with pytest.raises(SystemExit) as end:
         train.main([*TINY, "--run-dir", str(tmp_path / "run")])
     assert end.value.code == 1
-    assert "NC1: the activations of layer 'hidden2' are not finite; finished epochs are kept" in capsys.readouterr().err
+    assert "NC1: the activations of layer 'hidden1' are not finite; finished epochs are kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -325,21 +398,53 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
         train.within_memory("NC1", measure, 400, 10**9)
 
 
-def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole):
-    """NC1 is the same in smaller batches; the retry keeps nothing."""
-    measure, sizes = nc1.measure, []
+@pytest.mark.parametrize(("module", "name"), [(nc1, "measure"), (dib, "measure_splits")])
+def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole, module, name):
+    measure, sizes = getattr(module, name), []
 
-    def short(*rest, batch_size: int, keep_bytes: int) -> dict:
+    def short(*rest, batch_size: int, keep_bytes: int, **options) -> dict:
         sizes.append((batch_size, keep_bytes))
         if batch_size == 16:
             raise torch.OutOfMemoryError
-        return measure(*rest, batch_size=batch_size, keep_bytes=keep_bytes)
+        return measure(*rest, batch_size=batch_size, keep_bytes=keep_bytes, **options)
 
-    monkeypatch.setattr(nc1, "measure", short)
+    monkeypatch.setattr(module, name, short)
     train.main([*TINY, "--run-dir", str(tmp_path / "run")])
     assert sizes == [(16, nc1.KEEP_BYTES), (8, 0)] * 4
-    assert results(tmp_path / "run")["dib.csv"] == results(whole)["dib.csv"]
-    assert results(tmp_path / "run")["epochs.csv"] == results(whole)["epochs.csv"]
+    got, expected = results(tmp_path / "run"), results(whole)
+    assert got["epochs.csv"] == expected["epochs.csv"]
+    if module is nc1:
+        assert got["dib.csv"] == expected["dib.csv"]
+        tables = [pd.read_csv(folder / "nc1.csv") for folder in (tmp_path / "run", whole)]
+        pd.testing.assert_frame_equal(*tables, rtol=1e-5)  # the same in smaller batches, but for float32's rounding
+
+
+def test_memory_that_runs_out_twice_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):
+    def short(*_, **__) -> dict:
+        raise torch.OutOfMemoryError("out of memory.\nTried to allocate much")
+
+    monkeypatch.setattr(nc1, "measure", short)
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == 1
+    expected = (
+        f"train.py: error: out of memory.\\nTried to allocate much; finished epochs are kept in {tmp_path / 'run'}\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
+def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *_: (float("inf"), 0.5))
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == 1
+    expected = "the training loss is not finite after the last step of epoch 1, at learning rate 0.002; finished epochs"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_batch_may_be_larger_than_the_set(tmp_path):
+    train.main([*TINY, "-b", "5000", "--epochs", "1", "--run-dir", str(tmp_path / "run")])
+    assert len((tmp_path / "run" / "epochs.csv").read_text().splitlines()) == 3
 
 
 def test_deterministic_runs(tmp_path, whole):

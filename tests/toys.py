@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import data
 import models
 import nc1
+import runs
 import train
 
 
@@ -67,7 +68,7 @@ def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str
     expected = nc1.measure(network, models.taps(network), dataset.test, 10)
 
     tables = {}
-    for name in train.COLUMNS:
+    for name in runs.COLUMNS:
         with (folder / name).open() as file:
             rows = list(csv.DictReader(file))
         tables[name] = [row for row in rows if row["set"] == "test" and row["epoch"] == rows[-1]["epoch"]]

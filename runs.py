@@ -1,0 +1,162 @@
+"""The folder of a run: CSVs, hparams.json, and a checkpoint from which the run goes on after a crash at any moment.
+
+The rows of an epoch are appended at its end, and count once the checkpoint has been replaced: it holds the length and
+the checksum of each CSV, and resume cuts off what comes after.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+COLUMNS = {
+    "epochs.csv": "epoch,set,loss,accuracy,seconds",
+    "nc1.csv": "epoch,set,layer,dim,rank,nc1",
+    "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
+}
+
+# What may change when a run is resumed: how far to go, where things are, the packages' versions.
+MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the folder; ValueError where one does already."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError where there is anything of a run, but for one that ended before its first epoch did."""
+    existing = [name for name in (*COLUMNS, "checkpoint.pt") if (folder / name).exists()]
+    unmeasured = "epochs.csv" in existing and all(
+        (folder / name).read_bytes() == header(name) for name in COLUMNS if name in existing
+    )
+    if existing and not unmeasured:
+        raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --run-dir")
+
+
+def header(name: str) -> bytes:
+    return f"{COLUMNS[name]}\n".encode()
+
+
+def start(folder: Path, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Write the CSVs with their headers, hparams.json and the checkpoint of epoch 0, or nothing."""
+    try:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for name in COLUMNS:
+            write(folder / name, header(name))
+        save(folder, 0, hparams, device, parts)
+        write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
+    except OSError as error:
+        for name in (*COLUMNS, "checkpoint.pt", "hparams.json"):
+            for path in (folder / name, folder / f"{name}.tmp"):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # it may hold something else
+            folder.rmdir()
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def load(folder: Path) -> dict:
+    """The last checkpoint, once it, hparams.json and the CSVs are found to be whole and of one run.
+
+    Raises ValueError that names the file that is missing, damaged or of another run.
+    """
+    path = folder / "checkpoint.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        hparams, epoch, tables = state["hparams"], state["epoch"], state["tables"]
+        if set(tables) != set(COLUMNS) or not 0 <= epoch <= hparams["epochs"]:
+            raise ValueError("it lacks a table or an epoch")
+        sizes = {name: (int(size), int(checksum)) for name, (size, checksum) in tables.items()}
+    except Exception as error:  # torch.load raises half a dozen kinds for files that are no checkpoints
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # its first sentence
+        raise ValueError(f"{path} is not a checkpoint to go on from: {reason}") from error
+
+    path = folder / "hparams.json"
+    try:
+        recorded = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # json names line and column
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} does not hold the flags of a run")
+    for name in {**hparams, **recorded}:
+        texts = [json.dumps(flags[name]) if name in flags else "nothing" for flags in (recorded, hparams)]
+        if texts[0] != texts[1] and (name not in MAY_DIFFER or "nothing" in texts):
+            raise ValueError(f"{path} has {texts[0]} as {name}, and checkpoint.pt beside it {texts[1]}")
+
+    for name, (size, checksum) in sizes.items():
+        content = (folder / name).read_bytes() if (folder / name).exists() else b""
+        if len(content) < size or crc32(content[:size]) != checksum:
+            raise ValueError(f"{folder / name} is not as epoch {epoch} left it: it was edited or cut short")
+    return state
+
+
+def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Bring parts, random state and CSVs to where the loaded checkpoint has them; rows of later epochs are dropped."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], device)
+    except Exception as error:
+        raise ValueError(
+            f"{folder / 'checkpoint.pt'} does not fit the model: {' '.join(str(error).split())}"
+        ) from error
+    for name, (size, _) in state["tables"].items():
+        with (folder / name).open("rb+") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    save(folder, state["epoch"], hparams, device, parts)  # with more epochs, perhaps
+    write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file, so that after a crash at any moment it holds either the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, has to reach the disk
+    finally:
+        os.close(folder)
+
+
+def append(folder: Path, rows: dict[str, list[tuple]]) -> None:
+    """Add the rows of an epoch to the CSVs, {name: rows}, and wait until they are on the disk."""
+    for name in COLUMNS:
+        with (folder / name).open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows[name])
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def save(folder: Path, epoch: int, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Write what it takes to go on after this epoch: the parts' and all random states, the CSVs' checksums."""
+    state = {"epoch": epoch, "hparams": hparams, "random": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random_cuda"] = torch.cuda.get_rng_state(device)
+    contents = {name: (folder / name).read_bytes() for name in COLUMNS}
+    state["tables"] = {name: (len(content), crc32(content)) for name, content in contents.items()}
+    file = io.BytesIO()
+    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
+    write(folder / "checkpoint.pt", file.getvalue())
