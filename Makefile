@@ -9,13 +9,17 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train plots test test-slow check-gpu bench lint
+.PHONY: help venv train lr-range plots test test-slow check-gpu bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT ARGS="--epochs 5" (ARGS=--help: every flag)
 	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) $(ARGS)
+
+lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT ARGS="..."
+	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only $(ARGS)
+	@.venv/bin/python analysis/plots.py
 
 plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
 	@.venv/bin/python analysis/plots.py $(RUN)

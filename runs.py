@@ -22,6 +22,9 @@ COLUMNS = {
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
 }
 
+# Of a run that began with a range test; chosen is 1 at the rate that the run then has.
+LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
+
 # What may change when a run is resumed: how far to go, where things are, the packages' versions.
 MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision")
 
@@ -54,16 +57,23 @@ def header(name: str) -> bytes:
     return f"{COLUMNS[name]}\n".encode()
 
 
-def start(folder: Path, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Write the CSVs with their headers, hparams.json and the checkpoint of epoch 0, or nothing."""
+def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps: list[tuple]) -> None:
+    """Write the CSVs with their headers, hparams.json and the checkpoint of epoch 0, or nothing.
+
+    steps: the rows of lr_range.csv, if there was a range test.
+    """
     try:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "lr_range.csv"):
+            (folder / name).unlink(missing_ok=True)
+        if steps:
+            lines = [LR_RANGE, *(",".join(map(str, step)) for step in steps)]
+            write(folder / "lr_range.csv", ("\n".join(lines) + "\n").encode())
         for name in COLUMNS:
             write(folder / name, header(name))
         save(folder, 0, hparams, device, parts)
         write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
     except OSError as error:
-        for name in (*COLUMNS, "checkpoint.pt", "hparams.json"):
+        for name in (*COLUMNS, "checkpoint.pt", "hparams.json", "lr_range.csv"):
             for path in (folder / name, folder / f"{name}.tmp"):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # it may hold something else

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import dib
+import lr_range
 import models
 import nc1
 import runs
@@ -77,6 +78,10 @@ def make_parser() -> Parser:
         "-b", "--batch-size", type=count, default=400, metavar="N", help="in training, measuring and DIB (%(default)s)"
     )
     flag("-lr", "--learning-rate", type=number(float, 0, strict=True), default=2e-3, metavar="X", help="(%(default)s)")
+    flag(
+        "--tune", nargs="?", const="first", choices=["first", "only"], metavar="only",
+        help="find the learning rate by a range test and train with it (only: do not train)",
+    )  # fmt: skip
     flag("-opt", "--optimizer", default="AdamW", choices=OPTIMIZERS, help="with torch's defaults (%(default)s)")
     flag("--epochs", type=count, default=15, metavar="N", help="(%(default)s)")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="of all that is drawn (%(default)s)")
@@ -149,6 +154,13 @@ def choose_precision(device: torch.device, wanted: str | None) -> str:
     return wanted or ("bfloat16" if has_bfloat16 else "float16")
 
 
+def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, torch.amp.GradScaler]:
+    """The context of a forward pass and the scaler of its loss."""
+    dtype = PRECISIONS[precision]
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 alone can underflow
+
+
 def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         for size in (len(dataset.train), len(dataset.test)):
@@ -159,7 +171,8 @@ def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: i
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    return Path(args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}")
+    alone = "-lr-range" if args.tune == "only" else ""
+    return Path(args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}{alone}")
 
 
 def hparams_of(args: argparse.Namespace) -> dict:
@@ -228,10 +241,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict]:
-    """Data, the constructors of the model and of optimizers, and the parts that a checkpoint holds; nothing is written.
+def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict, list[tuple]]:
+    """Data, constructors of the model and of optimizers, the parts that a checkpoint holds, the rows of lr_range.csv.
 
-    args gets every default filled in. Raises ValueError for what the flags ask for and cannot be had.
+    Nothing is written. args gets every default filled in. Raises ValueError for what is asked for and cannot be had.
     """
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
@@ -257,14 +270,17 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     args.compile = choose_compile(device, args.compile)
     args.precision = choose_precision(device, args.precision)
     args.run_dir = str(run_folder(args))
-    make_optimizer = partial(OPTIMIZERS[args.optimizer], lr=args.learning_rate, fused=True)
-    parts = {
-        "model": model,
-        "optimizer": make_optimizer([p for p in model.parameters() if p.requires_grad]),
-        # float16 alone can underflow
-        "scaler": torch.amp.GradScaler(device.type, enabled=args.precision == "float16"),
-    }
-    return dataset, build, make_optimizer, parts
+    make_optimizer, steps = partial(OPTIMIZERS[args.optimizer], fused=True), []
+    if args.tune and not args.resume:
+        precision = mixed_precision(device, args.precision)
+        steps = lr_range.sweep(model, dataset.train, make_optimizer, args.batch_size, *precision)
+        best = lr_range.steepest(steps)
+        args.learning_rate = steps[best].learning_rate
+        steps = [(i, *step, int(i == best)) for i, step in enumerate(steps)]
+    make_optimizer = partial(make_optimizer, lr=args.learning_rate)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    parts = {"model": model, "optimizer": optimizer, "scaler": mixed_precision(device, args.precision)[1]}
+    return dataset, build, make_optimizer, parts, steps
 
 
 def run(
@@ -275,8 +291,7 @@ def run(
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     sets = {"train": dataset.train, "test": dataset.test}
     taps, cuts = models.taps(model), models.splits(model, args.splits)
-    precision = PRECISIONS[args.precision]
-    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    autocast, _ = mixed_precision(device, args.precision)
     # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = torch.compile(model, dynamic=False) if args.compile else model
     keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures
@@ -378,13 +393,17 @@ def main(arguments: list[str] | None = None) -> None:
                 args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
             else:
                 runs.refuse_existing(folder)
-            dataset, build, make_optimizer, parts = prepare(args)
+            dataset, build, make_optimizer, parts, steps = prepare(args)
             if args.resume:
                 runs.resume(folder, state, hparams_of(args), torch.device(args.device), parts)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(runs.locked(folder))
-                runs.start(folder, hparams_of(args), torch.device(args.device), parts)
+                runs.start(folder, hparams_of(args), torch.device(args.device), parts, steps)
+            if steps:
+                tqdm.write(f"learning rate {args.learning_rate:.3g}, by the range test: {folder / 'lr_range.csv'}")
+            if args.tune == "only":
+                return
             running, kept = True, f"; finished epochs are kept in {folder}"
             run(args, dataset, build, make_optimizer, parts, done)
         print(f"done: the run is in {folder}; make plots RUN={folder} draws it")

@@ -36,6 +36,7 @@ COLUMNS = {  # what is drawn
     "nc1": ["epoch", "set", "layer", "nc1"],
     "dib": ["epoch", "set", "split", "labeling", "entropy", "loss", "drop"],
 }
+LR_RANGE = ["step", "learning_rate", "loss", "smoothed", "chosen"]
 WORDS = ("set", "layer", "split", "labeling")
 VIRIDIS = ListedColormap(
     matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256))
@@ -57,7 +58,9 @@ def read(run: Path) -> dict[str, pd.DataFrame]:
     Raises ValueError, naming the file and where it can the line, for a table that is not one of a run.
     """
     tables = {name: read_table(run / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
-    if tables["epochs"].empty:
+    if (run / "lr_range.csv").exists():
+        tables["lr_range"] = read_table(run / "lr_range.csv", LR_RANGE)
+    elif tables["epochs"].empty:
         raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
     return tables
 
@@ -154,6 +157,20 @@ def draw_training(epochs: pd.DataFrame, title: str) -> Figure:
     return fig
 
 
+def draw_lr_range(steps: pd.DataFrame, title: str) -> Figure:
+    fig, axis = plt.subplots(figsize=(5.6, 3.6))
+    fig.suptitle(title)
+    axis.plot(steps["learning_rate"], steps["loss"], ".", color="0.6", label="of a step")
+    axis.plot(steps["learning_rate"], steps["smoothed"], color="#0072B2", label="smoothed")
+    for rate in steps.loc[steps["chosen"] == 1, "learning_rate"]:
+        axis.axvline(rate, color="#D55E00", linestyle="--", label=f"chosen: {rate:.2g}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy (nats)")
+    top = steps["smoothed"].iloc[: max(1, len(steps) // 2)].max()  # the end, where it diverges, would flatten the rest
+    axis.set_ylim(top=1.3 * top)
+    axis.legend()
+    return fig
+
+
 def draw_nc1(nc1: pd.DataFrame, title: str) -> Figure:
     fig, axes = panels(1, list(nc1["set"].unique()), title)
     for (_, part), axis in zip(nc1.groupby("set", sort=False), axes[0], strict=True):
@@ -223,7 +240,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", type=Path, help="the run's folder (the newest under runs/)")
     run = parser.parse_args(arguments).run or newest()
     tables = read(run)
-    figures = {"training": draw_training(tables["epochs"], f"Loss and accuracy: {run.name}")}
+    figures = {}
+    if "lr_range" in tables:
+        figures["lr_range"] = draw_lr_range(tables["lr_range"], f"Learning-rate range test: {run.name}")
+    if not tables["epochs"].empty:
+        figures["training"] = draw_training(tables["epochs"], f"Loss and accuracy: {run.name}")
     if not tables["nc1"].empty:
         figures["nc1"] = draw_nc1(tables["nc1"], f"Neural collapse: {run.name}")
     if not tables["dib"].empty:
