@@ -14,8 +14,8 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT ARGS="--epochs 5" (ARGS=--help: every flag)
-	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) $(ARGS)
+train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT GPUS=2 ARGS="--epochs 5" (ARGS=--help: every flag)
+	@.venv/bin/python $(if $(GPUS),-m torch.distributed.run --nproc-per-node=$(GPUS)) train.py --model $(MODEL) --data $(DATA) $(ARGS)
 
 lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only $(ARGS)
@@ -33,7 +33,7 @@ test-slow: $(VENV) ## the tests that take minutes: 1,000 cases of each property,
 check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
 	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)
 
-bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth heads dib" (all)
+bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth heads ranks dib" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 lint: $(VENV) ## check the style

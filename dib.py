@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ranks
 from relabel import relabel
 
 KEEP_BYTES = 4 * 2**30  # encodings kept; larger ones are computed again at every step
@@ -63,8 +64,9 @@ def measure_splits(
     at construction, from torch's global generators, which are seeded here and put back. optimizer makes an optimizer,
     which must act elementwise (SGD, Adam, AdamW), of a list of parameters. labelings counts the enumerations of each
     class: the first in data order, the others in random orders that depend on seed alone. The heads' initial weights
-    depend on seed, model_epoch and k, their batches on seed and model_epoch: all heads see the same batches, and each
-    becomes what it would be alone. keep_bytes bounds the encodings kept at a time, beside those they are made from.
+    depend on seed, model_epoch, k and their labeling, their batches on seed and model_epoch: all heads see the same
+    batches, and each becomes what it would be alone. keep_bytes bounds the encodings kept at a time, beside those they
+    are made from. Processes that torchrun started share the heads, and must all call.
     The model, its modes and gradients and all global random states are left as they were.
     Raises ValueError for epochs or labelings below 1, a k that leaves no decoder, and what relabel refuses.
     """
@@ -79,22 +81,31 @@ def measure_splits(
     entropies = [entropy(target, num_classes) for target in targets]
     cuda = [split.labels.device] if split.labels.is_cuda else []
     everything = torch.arange(len(split), device=split.labels.device)
-    result, encode, done = {}, lambda indices: split.batch(indices)[0], 0
-    for group in _groups(model, ks):
+    mine = ranks.share([(k, j) for k in ks for j in range(len(keys))])  # the costliest splits first, evenly
+    results = torch.zeros(len(ks), len(keys), 2, dtype=torch.float64, device=split.labels.device)  # loss and drop
+    encode, done = lambda indices: split.batch(indices)[0], 0
+    for group in _groups(model, sorted({k for k, _ in mine})):
         encoders = {}
         for k in group:  # each encoder goes on from the encodings of the split before
             encode, done = _encoder(model[done:k], encode, everything.split(batch_size), keep_bytes // len(group)), k
             encoders[k] = encode
+        members = [(k, j) for k, j in mine if k in group]
+        heads, labels_of = {k: [] for k in group}, {k: [] for k in group}
         with torch.random.fork_rng(devices=cuda):
-            heads = {}
-            for k in group:
-                _seed(cuda, seed, model_epoch, k)
-                heads[k] = [fresh()[k:].to(split.labels.device) for _ in keys]
+            for k, j in members:
+                _seed(cuda, seed, model_epoch, k, j)
+                heads[k].append(fresh()[k:].to(split.labels.device))
+                labels_of[k].append(targets[j])
+            _seed(cuda, seed, model_epoch)
             batches = torch.Generator().manual_seed(_number(seed, model_epoch))
-            losses, drops = train(heads, encoders, targets, optimizer, epochs, batch_size, batches)
-        for k, loss, drop in zip(group, losses.tolist(), drops.tolist(), strict=True):
-            result[k] = [Head(*key, *rest) for key, *rest in zip(keys, entropies, loss, drop, strict=True)]
-    return {k: result[k] for k in ks}
+            losses, drops = train(heads, encoders, labels_of, optimizer, epochs, batch_size, batches)
+        for (k, j), *result in zip(members, losses, drops, strict=True):
+            results[ks.index(k), j] = torch.stack(result)
+    ranks.add_up(results)
+    return {
+        k: [Head(*key, *rest, *result) for key, *rest, result in zip(keys, entropies, of_split, strict=True)]
+        for k, of_split in zip(ks, results.tolist(), strict=True)
+    }
 
 
 def _groups(model: nn.Sequential, ks: list[int]) -> list[list[int]]:
@@ -138,19 +149,20 @@ def entropy(labels: Tensor, num_classes: int) -> float:
 def train(
     heads: dict[int, list[nn.Sequential]],
     encoders: dict[int, Callable[[Tensor], Tensor]],
-    targets: Tensor,
+    targets: dict[int, list[Tensor]],
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Train J heads for each of K splits; the final loss and the drop of each, (K, J) float64.
+    """Train H heads of one or several splits; the final loss and the drop of each, (H,) float64, split by split.
 
-    Head j of split k sees the encodings encoders[k](indices) and targets[j] (N,). One optimizer holds the parameters of
-    all heads; the sum of their losses gives each its own gradients. Heads that are not plain come one split at a time.
+    Head heads[k][j] sees the encodings encoders[k](indices) and targets[k][j] (N,). One optimizer holds the parameters
+    of all heads; the sum of their losses gives each its own gradients. Heads that are not plain come one split a call.
     """
-    K, (J, N) = len(heads), targets.shape
     everyone = [head for of_split in heads.values() for head in of_split]
+    labels = torch.stack([target for k in heads for target in targets[k]])  # (H, N)
+    H, N = labels.shape
     if is_plain(everyone[0]):
         params = stack_parameters(everyone)
         forward, trained = partial(stacked, heads, params), params.values()
@@ -160,15 +172,14 @@ def train(
     stepper = optimizer([p for p in trained if p.requires_grad])
 
     def losses(indices: Tensor) -> Tensor:
-        logits = forward({k: encode(indices) for k, encode in encoders.items()})  # (K J, C, B)
-        y = targets[:, indices].repeat(K, 1)  # (K J, B)
-        return F.cross_entropy(logits, y, reduction="none").mean(1).view(K, J)
+        logits = forward({k: encode(indices) for k, encode in encoders.items()})  # (H, C, B)
+        return F.cross_entropy(logits, labels[:, indices], reduction="none").mean(1)
 
     for head in everyone:
         head.train()
-    running = torch.zeros(epochs, K, J, dtype=torch.float64, device=targets.device)
+    running = torch.zeros(epochs, H, dtype=torch.float64, device=labels.device)
     for epoch in tqdm(range(epochs), "DIB heads", leave=False, disable=None, delay=1):
-        order = torch.randperm(N, generator=generator).to(targets.device)
+        order = torch.randperm(N, generator=generator).to(labels.device)
         for indices in order.tensor_split(ceil(N / batch_size)):  # even, as BatchNorm cannot train on one sample
             loss = losses(indices)
             stepper.zero_grad()
@@ -178,9 +189,9 @@ def train(
 
     for head in everyone:
         head.eval()
-    final = torch.zeros(K, J, dtype=torch.float64, device=targets.device)
+    final = torch.zeros(H, dtype=torch.float64, device=labels.device)
     with torch.no_grad():
-        for indices in torch.arange(N, device=targets.device).split(batch_size):
+        for indices in torch.arange(N, device=labels.device).split(batch_size):
             final += losses(indices) * len(indices) / N
     tenth = max(1, epochs // 10)
     drop = running[-1 - tenth] - running[-1] if epochs > 1 else torch.full_like(final, float("nan"))
@@ -203,7 +214,7 @@ def stack_parameters(heads: list[nn.Sequential]) -> dict[str, Tensor]:
 
 
 def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], encodings: dict[int, Tensor]) -> Tensor:
-    """Logits (K J, C, B) of plain heads, J at each of K splits, on the encodings {k: (B, ...)}: a product a layer.
+    """Logits (H, C, B) of H plain heads of one or several splits on the encodings {k: (B, ...)}: a product a layer.
 
     Block by block from the first split on: the heads of a split join where their decoder begins, and from there on run
     beside those that came before. Samples stand last, so that a layer is weights (heads, out, in) times activations
@@ -212,7 +223,7 @@ def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], en
     (first, of_first), z = next(iter(heads.items())), None
     for k, (block_name, block) in enumerate(of_first[0].named_children(), first):
         if k in encodings:
-            entering = encodings[k].flatten(1).T.expand(len(of_first), -1, -1)  # (J, d, B)
+            entering = encodings[k].flatten(1).T.expand(len(heads[k]), -1, -1)  # (J, d, B)
             z = entering if z is None else torch.cat([z, entering])
         for name, layer in block.named_modules(prefix=block_name):
             if isinstance(layer, nn.Linear):

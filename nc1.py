@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ranks
+
 # Singular values of M below this share of the largest are taken for rounding: activations are float32, of relative
 # precision 6e-8, so that a direction which the means do not have appears at about 1e-7 of the largest.
 RANK_TOLERANCE = 1e-6
@@ -44,7 +46,8 @@ def measure(
     (inputs, labels). The model is measured in eval mode with the weights it has, and left in the mode it was in. The
     value has no unit; it is NaN where the rank is 0: class means that coincide have no NC1. Sums are float64 and agree
     with the dense formula whatever the batch size. Activations of the deepest taps are kept for the second pass as far
-    as keep_bytes allows; for the others the model runs again, no deeper than needed.
+    as keep_bytes allows; for the others the model runs again, no deeper than needed. Processes that torchrun started
+    share the batches, and must all call.
     Raises ValueError for a class with no samples, labels outside 0 .. C - 1, a tap not called exactly once or
     overwritten in place, and activations that are not finite.
     """
@@ -92,25 +95,27 @@ def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tupl
             raise ValueError(f"NC1: layer {tap!r} has its output overwritten by a layer that works in place")
     for tap, batches in kept.items():
         add_class_sums(sums[tap], batches)
+    ranks.add_up(*sums.values())
     return sums, kept
 
 
 def _second_pass(model, taps, split, batch_size, kept, means, projections) -> dict[str, Tensor]:
     """{tap: sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2}, of the activations kept and, for the other taps, of new ones."""
-    totals = {tap: squared_distances(batches, means[tap], projections[tap]) for tap, batches in kept.items()}
+    totals = {tap: squared_distances(kept.get(tap, []), means[tap], projections[tap]) for tap in means}
 
     def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        totals[tap] = totals.get(tap, 0) + squared_distances([(h, y)], means[tap], projections[tap])
+        totals[tap] += squared_distances([(h, y)], means[tap], projections[tap])
 
     again = {tap: taps[tap] for tap in means if tap not in kept}
     if again:
         _visit(model, again, split, _batches(split, batch_size, "NC1 distances"), visit, deepest=next(iter(again)))
+    ranks.add_up(*totals.values())
     return totals
 
 
 def _batches(split, batch_size: int, title: str) -> Iterable[Tensor]:
-    """The indices of the whole split in data order, with a bar where the pass is long and somebody looks."""
-    indices = torch.arange(len(split), device=split.labels.device).split(batch_size)
+    """The indices in data order, this process's share of batches; a bar where the pass is long and somebody looks."""
+    indices = ranks.share(torch.arange(len(split), device=split.labels.device).split(batch_size))
     return tqdm(indices, title, leave=False, disable=None, delay=1)
 
 
@@ -139,13 +144,15 @@ def squared_distances(batches: list[tuple[Tensor, Tensor]], means: Tensor, P: Te
 
     As || P h_i - P mu_c(i) ||: what float64 loses in that difference is below float32's rounding of h itself.
     """
-    centers = P @ means.T  # (r, C)
-    return sum((P @ h.T - centers[:, y]).square().sum() for h, y in _float64(batches))  # (r, b)
+    centers, total = P @ means.T, means.new_zeros(())  # (r, C)
+    for h, y in _float64(batches):
+        total += (P @ h.T - centers[:, y]).square().sum()  # (r, b)
+    return total
 
 
 def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, if not one row."""
-    B, d = batches[0][0].shape
+    B, d = batches[0][0].shape if batches else (1, 1)
     rows = max(1, CHUNK_BYTES // (8 * d))
     together = max(1, rows // B)  # batches
     for i in range(0, len(batches), together):

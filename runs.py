@@ -25,8 +25,8 @@ COLUMNS = {
 # Of a run that began with a range test; chosen is 1 at the rate that the run then has.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
 
-# What may change when a run is resumed: how far to go, where things are, the packages' versions.
-MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision")
+# What may change when a run is resumed: how far to go, where things are, the versions and the processes.
+MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision", "processes")
 
 
 @contextmanager
@@ -116,8 +116,8 @@ def load(folder: Path) -> dict:
     return state
 
 
-def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Bring parts, random state and CSVs to where the loaded checkpoint has them; rows of later epochs are dropped."""
+def restore(folder: Path, state: dict, device: torch.device, parts: dict) -> None:
+    """Bring the parts and the random states to where the loaded checkpoint has them."""
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -125,9 +125,12 @@ def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], device)
     except Exception as error:
-        raise ValueError(
-            f"{folder / 'checkpoint.pt'} does not fit the model: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'checkpoint.pt'} does not fit the model: {reason}") from error
+
+
+def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Drop the rows of epochs after the loaded checkpoint's, whose parts are restored, and note the flags of today."""
     for name, (size, _) in state["tables"].items():
         with (folder / name).open("rb+") as file:
             file.truncate(size)

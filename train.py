@@ -30,6 +30,7 @@ import dib
 import lr_range
 import models
 import nc1
+import ranks
 import runs
 from models import cifarnet, mlp
 
@@ -104,11 +105,14 @@ def make_parser() -> Parser:
 
 
 def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in here:
         raise ValueError(f"--device {name} is not to be had here: expected one of {', '.join(here)}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun gives each process a number, and so a device
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if name not in here:
+            raise ValueError(f"there is no {name} for every process of torchrun: expected at most {len(here) - 2}")
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # DIB keeps the random state of the current device
     return torch.device(name)
@@ -161,13 +165,16 @@ def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, tor
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 alone can underflow
 
 
-def refuse_batches_of_one(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        for size in (len(dataset.train), len(dataset.test)):
-            if size // ceil(size / batch_size) < 2:
-                raise ValueError(
-                    f"--batch-size {batch_size} gives batches of one sample, which BatchNorm cannot train on"
-                )
+def refuse_small_batches(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
+    """Processes share the batches of training, not those of DIB's heads; BatchNorm cannot train on one sample."""
+    least = 1 + any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for size, processes in ((len(dataset.train), ranks.world()), (len(dataset.train), 1), (len(dataset.test), 1)):
+        smallest = size // ceil(size / batch_size) // processes
+        if smallest < least:
+            raise ValueError(
+                f"--batch-size {batch_size} gives each of {processes} processes batches of {smallest}, "
+                f"and this model needs at least {least} samples"
+            )
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -176,7 +183,8 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def hparams_of(args: argparse.Namespace) -> dict:
-    return {**vars(args), "torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    return {**vars(args), **versions, "processes": ranks.world()}
 
 
 def adopt_flags(parser: Parser, arguments: list[str] | None, folder: Path, recorded: dict) -> argparse.Namespace:
@@ -203,11 +211,12 @@ def evaluate(model: nn.Module, split: data.Split, batch_size: int) -> tuple[floa
     """Mean cross-entropy in nats and share of samples classified right, of a model in eval mode."""
     loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    for indices in torch.arange(len(split), device=split.labels.device).split(batch_size):
+    for indices in ranks.share(torch.arange(len(split), device=split.labels.device).split(batch_size)):
         x, y = split.batch(indices)
         logits = model(x)
         loss += F.cross_entropy(logits, y, reduction="sum")
         right += (logits.argmax(1) == y).sum()
+    ranks.add_up(loss, right)
     return loss.item() / len(split), right.item() / len(split)
 
 
@@ -226,7 +235,8 @@ def within_memory(what: str, measure: Callable, batch_size: int, keep_bytes: int
     try:
         return measure(batch_size=batch_size, keep_bytes=keep_bytes)
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short or ranks.world() > 1:  # other processes wait for this one within the pass
             raise
     torch.cuda.empty_cache()  # after the clause above, as the error holds on to what the pass had
     half = max(1, batch_size // 2)
@@ -251,8 +261,12 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic)
-    args.device = str(device)
+    args.device = device.type if "LOCAL_RANK" in os.environ else str(device)
+    if args.download and ranks.rank() > 0:
+        ranks.meet()  # the first process fetches
     dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
+    if args.download and ranks.rank() == 0:
+        ranks.meet()
     options = choose_options(args, dataset)
 
     def build() -> nn.Sequential:
@@ -264,7 +278,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     model = build().to(device)
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    refuse_batches_of_one(model, dataset, args.batch_size)
+    refuse_small_batches(model, dataset, args.batch_size)
     args.sets = [name for name in ("train", "test") if name in args.sets]
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
@@ -274,6 +288,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     if args.tune and not args.resume:
         precision = mixed_precision(device, args.precision)
         steps = lr_range.sweep(model, dataset.train, make_optimizer, args.batch_size, *precision)
+        steps = ranks.told_by_first(steps)
         best = lr_range.steepest(steps)
         args.learning_rate = steps[best].learning_rate
         steps = [(i, *step, int(i == best)) for i, step in enumerate(steps)]
@@ -293,29 +308,34 @@ def run(
     taps, cuts = models.taps(model), models.splits(model, args.splits)
     autocast, _ = mixed_precision(device, args.precision)
     # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
-    network = torch.compile(model, dynamic=False) if args.compile else model
+    network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
+    network = torch.compile(network, dynamic=False) if args.compile else network
     keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures
     if device.type == "cuda":
         keep_bytes = min(keep_bytes, torch.cuda.mem_get_info(device)[0] // 3)
-    bar = partial(tqdm, leave=False, disable=None)
+    bar = partial(tqdm, leave=False, disable=True if ranks.rank() else None)
 
     for epoch in bar(range(done + 1, args.epochs + 1), desc="epochs", initial=done, total=args.epochs):
         start = clock(device)
         model.train()
         order = torch.randperm(len(dataset.train)).to(device, non_blocking=True)
+        ranks.from_first(order)  # where layers draw, the processes' random states part
         # batches as even as can be: BatchNorm cannot train on a leftover of one sample
         batches = order.tensor_split(ceil(len(order) / args.batch_size))
         finite = torch.ones(len(batches), dtype=torch.bool, pin_memory=device.type == "cuda")
         for step, indices in enumerate(bar(batches, desc="training", delay=1)):
-            x, y = dataset.train.batch(indices)
+            mine = indices.tensor_split(ranks.world())[ranks.rank()]
+            x, y = dataset.train.batch(mine)
             with autocast():
-                loss = F.cross_entropy(network(x), y)
+                # gradients are averaged over the processes, whose shares of the batch may differ by one sample
+                loss = F.cross_entropy(network(x), y) * (len(mine) * ranks.world() / len(indices))
             finite[step].copy_(loss.detach().isfinite(), non_blocking=True)  # from CUDA it arrives some steps later
             refuse_infinite(finite, epoch, args.learning_rate)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        ranks.from_first(*model.buffers())  # each process has running statistics of its own samples
         seconds = {"train": clock(device) - start}
         refuse_infinite(finite, epoch, args.learning_rate)
 
@@ -354,10 +374,11 @@ def run(
         seconds["DIB"] = clock(device) - start
 
         # an epoch counts once its checkpoint stands: rows beyond it are dropped by --resume
-        runs.append(folder, rows)
-        runs.save(folder, epoch, hparams_of(args), device, parts)
-        tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
-        sys.stdout.flush()
+        if ranks.rank() == 0:
+            runs.append(folder, rows)
+            runs.save(folder, epoch, hparams_of(args), device, parts)
+            tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
+            sys.stdout.flush()
 
 
 def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float]) -> str:
@@ -385,30 +406,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     folder, running, done, kept = run_folder(args), False, 0, ""
+    ranks.join()
+    first = ranks.rank() == 0  # the only process that writes
     try:
         with ExitStack() as stack:
             if args.resume:
-                stack.enter_context(runs.locked(folder))
+                if first:
+                    stack.enter_context(runs.locked(folder))
                 state = runs.load(folder)
                 args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
-            else:
+            elif first:
                 runs.refuse_existing(folder)
             dataset, build, make_optimizer, parts, steps = prepare(args)
+            device, hparams = torch.device(args.device), hparams_of(args)
             if args.resume:
-                runs.resume(folder, state, hparams_of(args), torch.device(args.device), parts)
-            else:
+                runs.restore(folder, state, device, parts)
+                if first:
+                    runs.resume(folder, state, hparams, device, parts)
+            elif first:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(runs.locked(folder))
-                runs.start(folder, hparams_of(args), torch.device(args.device), parts, steps)
-            if steps:
+                runs.start(folder, hparams, device, parts, steps)
+            if steps and first:
                 tqdm.write(f"learning rate {args.learning_rate:.3g}, by the range test: {folder / 'lr_range.csv'}")
             if args.tune == "only":
                 return
             running, kept = True, f"; finished epochs are kept in {folder}"
             run(args, dataset, build, make_optimizer, parts, done)
-        print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
+        if first:
+            print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
+        ranks.leave()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.end(1 if running else 2, f"error: {error}{kept}")
+    except RuntimeError as error:
+        if ranks.world() == 1:
+            raise
+        parser.end(1, f"error: process {ranks.rank()} cannot go on: {error}{kept}")
     except Stop as stopped:
         go_on = ", and the same command with --resume goes on from them" if running else " before the run began"
         number = stopped.args[0]

@@ -7,6 +7,7 @@ accept, where there is one. BENCH_ARGS="dib nc1" runs a part.
 import argparse
 import csv
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import data
 import dib
 import models
 import nc1
+import ranks
 import train
 from tests.toys import Toy
 from tests.yardsticks import train_alone
@@ -281,12 +283,44 @@ def bench_growth() -> Iterator[Row]:
     yield exponent("DIB MNISTNet", [1000, 2000, 4000], dib_of)
 
 
+def dib_on_ranks() -> None:
+    """Print the seconds of DIB of MLP on SZT, shared by the processes of torchrun on one CPU thread each."""
+    torch.set_num_threads(1)
+    ranks.join()
+    build, split = setting("MLP", 3481)
+    torch.manual_seed(0)
+    model = build()
+    ks = list(models.splits(model).values())[1:]
+    times = [seconds(lambda: dib.measure_splits(model, ks, split, 2, build, ADAMW)) for _ in range(4)]
+    if ranks.rank() == 0:
+        print(median(times[1:]))
+    ranks.leave()
+
+
+def bench_ranks() -> Iterator[Row]:
+    """Two processes beside one; DIB's heads are shared."""
+    code = "from tests import bench; bench.dib_on_ranks()"
+
+    def run(processes: int) -> float:
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--no-python"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [*launch, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
+        return float(done.stdout.splitlines()[-1])
+
+    pairs = [(run(2), run(1)) for _ in range(3)]
+    two, one = (median(times) for times in zip(*pairs, strict=True))
+    yield "DIB MLP, two processes", "N 3481, splits 5, heads 12, epochs 30", two, one, "s", two / one, 1 / 1.7
+
+
 PARTS = {
     "nc1": bench_nc1,
     "memory": bench_memory,
     "step": bench_step,
     "growth": bench_growth,
     "heads": bench_heads,
+    "ranks": bench_ranks,
     "dib": bench_dib,
 }
 

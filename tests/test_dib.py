@@ -62,7 +62,9 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, f
     starts = copy.deepcopy(heads)
     encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in ks}
     torch.manual_seed(7)
-    loss, drop = dib.train(heads, encoders, targets, SGD, epochs, 40, torch.Generator().manual_seed(5))
+    every = {k: list(targets) for k in ks}
+    loss, drop = dib.train(heads, encoders, every, SGD, epochs, 40, torch.Generator().manual_seed(5))
+    loss, drop = loss.view(len(ks), -1), drop.view(len(ks), -1)
     assert set(used) == {forward}, f"the heads took the path {used}"
     for i, k in enumerate(ks):
         for j, head in enumerate(starts[k]):
@@ -180,7 +182,7 @@ def test_kept_encodings_of_images_keep_their_channels_last(monkeypatch):
     def train(heads: dict, encoders: dict, *_) -> tuple[torch.Tensor, torch.Tensor]:
         z = encoders[1](torch.arange(4))
         layouts.append(z.shape[1] > 1 and z.is_contiguous(memory_format=torch.channels_last))
-        return (torch.zeros(1, len(heads[1])),) * 2
+        return (torch.zeros(len(heads[1])),) * 2
 
     def build() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
@@ -208,7 +210,7 @@ def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
     def train(heads: dict, *rest) -> tuple[torch.Tensor, torch.Tensor]:
         starts.extend(head for of_split in heads.values() for head in of_split)
         batches.append(rest[-1].initial_seed())
-        return (torch.zeros(2, len(heads[2])),) * 2
+        return (torch.zeros(2 * len(heads[2])),) * 2
 
     monkeypatch.setattr(dib, "train", train)
     for model_epoch in (0, 1):

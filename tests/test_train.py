@@ -226,7 +226,7 @@ def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
 
 def test_refuses_batches_of_one_with_batchnorm(tmp_path, pictures, capsys):
     error = refusal(capsys, *NO_MLP, "-m", "ResNet", "-d", "CIFAR10", "-b", "1", "--run-dir", str(tmp_path / "run"))
-    assert "--batch-size 1 gives batches of one sample" in error
+    assert "--batch-size 1 gives each of 1 processes batches of 1, and this model needs at least 2 samples" in error
     run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib")  # 40 is 3 x 13 + 1
 
 

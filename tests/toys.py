@@ -4,6 +4,7 @@ It imports nothing but torch and pytest beside the project, as test_cuda.py runs
 
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,18 @@ class Toy:
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.x[indices], self.labels[indices]
+
+
+def random_images(*shape: int) -> Callable[[str, bool], tuple]:
+    """A source of 40 + 20 images of ten classes, each of a brightness of its own."""
+
+    def load(root: str, download: bool) -> tuple:
+        g = torch.Generator().manual_seed(0)
+        y = [torch.arange(n) % 10 for n in (40, 20)]
+        x = [(torch.randint(0, 200, (len(c), *shape), generator=g) + 5 * c[:, None, None, None]).byte() for c in y]
+        return x[0], y[0], x[1], y[1], 10
+
+    return load
 
 
 def clusters(N: int, d: int, C: int, spread: float = 1.0, seed: int = 0) -> Toy:

@@ -1,0 +1,66 @@
+"""Several processes of one run, started by torchrun: who this one is, what falls to it, and what they have in common.
+
+Every function is for any number of processes; in a program that torch.distributed knows nothing of there is one.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join() -> None:
+    """Meet the other processes, where torchrun started several: over nccl on CUDA, over gloo on a CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    if _several():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _several() else 1
+
+
+def share(everything: Sequence) -> Sequence:
+    """What falls to this process, dealt like cards: the shares are disjoint, and differ by one at most."""
+    return everything[rank() :: world()]
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over the processes, which call this with tensors of the same shapes."""
+    for tensor in tensors if _several() else ():
+        dist.all_reduce(tensor)
+
+
+def from_first(*tensors: Tensor) -> None:
+    """Replace each tensor by what the first process has in it."""
+    for tensor in tensors if _several() else ():
+        dist.broadcast(tensor, 0)
+
+
+def told_by_first(thing: Any) -> Any:
+    """What the first process passes, in every process."""
+    things = [thing]
+    if _several():
+        dist.broadcast_object_list(things)
+    return things[0]
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if _several():
+        dist.barrier()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()

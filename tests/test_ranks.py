@@ -1,0 +1,145 @@
+"""Two processes over gloo give what one gives. torchrun runs this file, too: python -m tests.test_ranks FILE."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import data
+import dib
+import models
+import nc1
+import ranks
+import runs
+import train
+from tests.test_dib import drawing
+from tests.test_resume import TINY
+from tests.test_train import ROOT, refusal
+from tests.toys import Toy, clusters, random_images
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+def double(split: Toy) -> Toy:
+    return Toy(split.x.double(), split.labels)
+
+
+def measures() -> dict:
+    """Both measures on fixed weights, with shares that are even, uneven and, with one batch for two, empty."""
+    found = {}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 4))
+    taps = {"norm": model[1], "tanh": model[2], "last": model[3]}
+    for N, batch_size in ((90, 15), (90, 20), (91, 45), (90, 100)):
+        for keep_bytes in (0, 90 * 9 * 4, nc1.KEEP_BYTES):
+            values = nc1.measure(model, taps, clusters(N, 6, 3), 3, batch_size, keep_bytes)
+            found[f"NC1 {N} {batch_size} {keep_bytes}"] = values
+
+    mlp = partial(models.build, "MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh")
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    for name, build, ks, N in (
+        ("plain", mlp, [0, 2, 3], 90),
+        ("few heads", mlp, [3], 3),
+        ("drawing", drawing, [0, 1], 90),
+    ):
+        model = build().double()
+        heads = dib.measure_splits(
+            model, ks, double(clusters(N, 6, 3)), 3, lambda build=build: build().double(), sgd, 12, 40, labelings=2
+        )
+        found[f"DIB {name}"] = heads
+    return found
+
+
+def torchrun(*arguments: str) -> None:
+    done = subprocess.run([*TORCHRUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_measures_are_those_of_one_process(tmp_path):
+    torchrun("-m", "tests.test_ranks", str(tmp_path / "found"))
+    for rank in range(2):
+        got, expected = json.loads((tmp_path / f"found{rank}").read_text()), json.loads(json.dumps(measures()))
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert got[name].keys() == expected[name].keys()
+            for tap in expected[name]:
+                if name.startswith("NC1"):
+                    assert got[name][tap] == pytest.approx(expected[name][tap], rel=1e-9)
+                else:
+                    for head, other in zip(got[name][tap], expected[name][tap], strict=True):
+                        assert head[:2] == other[:2]
+                        assert head[2:] == pytest.approx(other[2:], rel=1e-9)
+
+
+def test_every_batch_falls_to_one_process(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    for n in range(8):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            shares.append(ranks.share(list(range(n))))
+        assert sorted(i for share in shares for i in share) == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("flags", [[*TINY, "-b", "15", "--tune"], ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "13"]])
+def test_a_run_of_two_processes_has_the_rows_of_one(tmp_path, pictures, flags):
+    """Batches of 15 are uneven for two; with BatchNorm the network trains otherwise, but the rows are the same."""
+    flags = [*flags, *["--device", "cpu", "--dib-epochs", "1", "--epochs", "2", "--sets", "test"]]
+    flags += ["--splits", "group3"] if "CIFARNet" in flags else ["-nl", "Tanh", "--train-size", "1280", "-b", "129"]
+    train.main([*flags, "--run-dir", str(tmp_path / "one")])
+    torchrun("-m", "tests.test_ranks", "train", *flags, "--run-dir", str(tmp_path / "two"))
+    for name, columns in runs.COLUMNS.items():
+        one, two = (pd.read_csv(tmp_path / run / name, dtype={"labeling": str}) for run in ("one", "two"))
+        keys = [c for c in columns.split(",") if c not in ("loss", "accuracy", "seconds", "nc1", "rank", "drop")]
+        pd.testing.assert_frame_equal(one[keys], two[keys])
+        if "CIFARNet" not in flags:
+            pd.testing.assert_frame_equal(
+                one.drop(columns="seconds", errors="ignore"),
+                two[one.columns].drop(columns="seconds", errors="ignore"),
+                rtol=1e-3,
+                atol=1e-4,
+            )
+    assert runs.load(tmp_path / "two")["hparams"]["processes"] == 2
+    train.main(["--run-dir", str(tmp_path / "two"), "--resume", "--epochs", "3"])  # by one process
+    assert runs.load(tmp_path / "two")["epoch"] == 3
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    command = [*TORCHRUN, "train.py", *TINY, "--no-dib", "--epochs", "100000", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # an epoch is done
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (victim,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(victim), signal.SIGKILL)
+    start = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - start < 60
+    assert process.returncode != 0
+    assert f"finished epochs are kept in {tmp_path / 'run'}" in error
+    assert runs.load(tmp_path / "run")["epoch"] > 0
+
+
+def test_refuses_batches_too_small_to_share(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 5)
+    error = refusal(capsys, *TINY, "-b", "4", "--run-dir", str(tmp_path / "run"))
+    assert "--batch-size 4 gives each of 5 processes batches of 0, and this model needs at least 1 samples" in error
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        data.SOURCES["CIFAR10"] = random_images(3, 32, 32)
+        train.main(sys.argv[2:])
+    else:
+        ranks.join()
+        Path(f"{sys.argv[1]}{ranks.rank()}").write_text(json.dumps(measures()))
+        ranks.leave()
