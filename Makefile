@@ -1,5 +1,6 @@
 MODEL ?= MLP
 DATA ?= SZT
+SEEDS ?= 5
 PYTHON ?= python3
 VENV := .venv/.complete
 
@@ -9,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train lr-range plots test test-slow check-gpu bench lint
+.PHONY: help venv train lr-range sweep plots test test-slow check-gpu bench lock lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT GPUS=2 ARGS="--epochs 5"
 lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only $(ARGS)
 	@.venv/bin/python analysis/plots.py
+
+sweep: $(VENV) ## the runs of several seeds, begun, gone on with or skipped: SEEDS=5 MODEL=MLP DATA=SZT ARGS="..."
+	@.venv/bin/python sweep.py $(SEEDS) --model $(MODEL) --data $(DATA) $(ARGS)
 
 plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
 	@.venv/bin/python analysis/plots.py $(RUN)
@@ -35,6 +39,9 @@ check-gpu: ## the tests that need CUDA, every architecture among them, with the 
 
 bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth heads ranks dib" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
+
+lock: test ## requirements.lock: the exact versions of all packages that the tests have just passed with
+	.venv/bin/python -m pip --disable-pip-version-check freeze | sed 's/+.*//' > requirements.lock
 
 lint: $(VENV) ## check the style
 	.venv/bin/ruff check .

@@ -1,0 +1,14 @@
+# docker build -t layers .
+# docker run --gpus all -v "$PWD/runs:/app/runs" -v "$PWD/datasets:/app/datasets" layers train MODEL=ResNet DATA=CIFAR10
+# (any make target; without a GPU leave out --gpus. The two folders must be writable for user 1000, or add --user.)
+FROM python:3.12-slim
+# a compiler and make: torch.compile needs the one, the targets the other; torch brings CUDA along
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/*
+RUN useradd --uid 1000 --create-home user && mkdir -p /app/runs /app/datasets && chown -R user /app
+USER user
+WORKDIR /app
+COPY --chown=user requirements.txt requirements-dev.txt Makefile ./
+RUN make venv && rm -rf ~/.cache
+COPY --chown=user . .
+ENTRYPOINT ["make"]
+CMD ["help"]
