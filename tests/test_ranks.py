@@ -114,11 +114,28 @@ def test_every_head_is_dealt_once_and_evenly(world, J):
     assert max(loads) <= max(1.1 * fair, fair + max(costs.values()))
 
 
-@pytest.mark.parametrize("flags", [[*TINY, "-b", "15", "--tune"], ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "13"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*TINY, "-nl", "Tanh", "--train-size", "1280", "-b", "129", "--tune"],
+        [
+            *TINY,
+            "-nl",
+            "Tanh",
+            "-b",
+            "5",
+            "-opt",
+            "SGD",
+            "-lr",
+            "0.1",
+        ],  # 3 and 2 samples: their means weigh differently
+        ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "13", "--splits", "group3", "--dib-epochs", "1", "--device", "cpu"],
+    ],
+    ids=["tuned", "uneven", "CIFARNet"],
+)
 def test_a_run_of_two_processes_has_the_rows_of_one(tmp_path, pictures, flags):
-    """Batches of 15 are uneven for two; with BatchNorm the network trains otherwise, but the rows are the same."""
-    flags = [*flags, *["--device", "cpu", "--dib-epochs", "1", "--epochs", "2", "--sets", "test"]]
-    flags += ["--splits", "group3"] if "CIFARNet" in flags else ["-nl", "Tanh", "--train-size", "1280", "-b", "129"]
+    """With BatchNorm, which sees half the batch, the network trains otherwise, but the rows are the same."""
+    flags = [*flags, "--epochs", "2", "--sets", "test"]
     train.main([*flags, "--run-dir", str(tmp_path / "one")])
     torchrun("-m", "tests.test_ranks", "train", *flags, "--run-dir", str(tmp_path / "two"))
     for name, columns in runs.COLUMNS.items():
@@ -126,15 +143,53 @@ def test_a_run_of_two_processes_has_the_rows_of_one(tmp_path, pictures, flags):
         keys = [c for c in columns.split(",") if c not in ("loss", "accuracy", "seconds", "nc1", "rank", "drop")]
         pd.testing.assert_frame_equal(one[keys], two[keys])
         if "CIFARNet" not in flags:
-            pd.testing.assert_frame_equal(
-                one.drop(columns="seconds", errors="ignore"),
-                two[one.columns].drop(columns="seconds", errors="ignore"),
-                rtol=1e-3,
-                atol=1e-4,
-            )
+            one, two = (table.drop(columns="seconds", errors="ignore") for table in (one, two))
+            pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4)
     assert runs.load(tmp_path / "two")["hparams"]["processes"] == 2
     train.main(["--run-dir", str(tmp_path / "two"), "--resume", "--epochs", "3"])  # by one process
     assert runs.load(tmp_path / "two")["epoch"] == 3
+
+
+def watched(folder: str) -> None:
+    """Three epochs of a network that draws and normalises; what this process trained on, and measured with."""
+    trained, buffers, batch, evaluate = [], [], data.Split.batch, train.evaluate
+
+    def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+        model = nn.Sequential()
+        model.add_module(
+            "hidden1", nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+        )
+        model.add_module("classifier", nn.Linear(64, num_classes))
+        model.tap_names = model.split_names = ("hidden1",)
+        return model
+
+    def watch_batch(split: data.Split, indices: torch.Tensor) -> tuple:
+        if torch.is_grad_enabled():  # training alone
+            trained.append(indices.tolist())
+        return batch(split, indices)
+
+    def watch_evaluate(model: nn.Module, *rest) -> tuple:
+        buffers.append([buffer.double().sum().item() for buffer in model.buffers()])
+        return evaluate(model, *rest)
+
+    models.ARCHITECTURES["MNISTNet"] = build
+    data.SOURCES["CIFAR10"] = random_images(3, 32, 32)
+    data.Split.batch, train.evaluate = watch_batch, watch_evaluate
+    flags = ["-m", "MNISTNet", "-d", "CIFAR10", "-b", "14", "--no-dib", "--no-nc1", "--epochs", "3", "--device", "cpu"]
+    rank = os.environ["RANK"]
+    train.main([*flags, "--run-dir", f"{folder}/run"])
+    Path(f"{folder}/{rank}").write_text(json.dumps([trained, buffers]))
+
+
+def test_no_sample_is_trained_on_twice_and_all_measure_one_network(tmp_path):
+    torchrun("-m", "tests.test_ranks", "watched", str(tmp_path))
+    (trained, buffers), (other_trained, other_buffers) = (json.loads((tmp_path / str(r)).read_text()) for r in range(2))
+    assert {len(indices) for indices in trained + other_trained} == {6, 7}  # batches of 14, 13 and 13
+    for epoch in range(3):
+        steps = slice(3 * epoch, 3 * epoch + 3)
+        seen = [i for indices in trained[steps] + other_trained[steps] for i in indices]
+        assert sorted(seen) == list(range(40))
+    assert buffers == other_buffers
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
@@ -162,6 +217,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "train":
         data.SOURCES["CIFAR10"] = random_images(3, 32, 32)
         train.main(sys.argv[2:])
+    elif sys.argv[1] == "watched":
+        watched(sys.argv[2])
     else:
         ranks.join()
         Path(f"{sys.argv[1]}{ranks.rank()}").write_text(json.dumps(measures()))
