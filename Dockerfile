@@ -1,5 +1,5 @@
 # docker build -t layers .
-# docker run --gpus all -v "$PWD/runs:/app/runs" -v "$PWD/datasets:/app/datasets" layers train MODEL=ResNet DATA=CIFAR10
+# docker run --gpus all --ipc=host -v "$PWD/runs:/app/runs" -v "$PWD/datasets:/app/datasets" layers train MODEL=ResNet DATA=CIFAR10
 # (any make target; without a GPU leave out --gpus. The two folders must be writable for user 1000, or add --user.)
 FROM python:3.12-slim
 # a compiler and make: torch.compile needs the one, the targets the other; torch brings CUDA along
@@ -10,5 +10,6 @@ WORKDIR /app
 COPY --chown=user requirements.txt requirements-dev.txt Makefile ./
 RUN make venv && rm -rf ~/.cache
 COPY --chown=user . .
+RUN touch .venv/.complete
 ENTRYPOINT ["make"]
 CMD ["help"]

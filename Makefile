@@ -18,9 +18,10 @@ help: ## this list
 train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT GPUS=2 ARGS="--epochs 5" (ARGS=--help: every flag)
 	@.venv/bin/python $(if $(GPUS),-m torch.distributed.run --nproc-per-node=$(GPUS)) train.py --model $(MODEL) --data $(DATA) $(ARGS)
 
-lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT ARGS="..."
-	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only $(ARGS)
-	@.venv/bin/python analysis/plots.py
+LR_RANGE = $(or $(RUN),runs/$(MODEL)-$(DATA)-lr-range)
+lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT RUN=folder ARGS="..."
+	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only --run-dir $(LR_RANGE) $(ARGS)
+	@.venv/bin/python analysis/plots.py $(LR_RANGE)
 
 sweep: $(VENV) ## the runs of several seeds, begun, gone on with or skipped: SEEDS=5 MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python sweep.py $(SEEDS) --model $(MODEL) --data $(DATA) $(ARGS)
@@ -41,7 +42,8 @@ bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory s
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 lock: test ## requirements.lock: the exact versions of all packages that the tests have just passed with
-	.venv/bin/python -m pip --disable-pip-version-check freeze | sed 's/+.*//' > requirements.lock
+	@.venv/bin/python -m pip --disable-pip-version-check freeze > requirements.lock
+	@sed -i.tmp 's/+.*//' requirements.lock && rm requirements.lock.tmp
 
 lint: $(VENV) ## check the style
 	.venv/bin/ruff check .

@@ -56,6 +56,16 @@ def told_by_first(thing: Any) -> Any:
     return things[0]
 
 
+def agree(refusal: str | None) -> None:
+    """Raise ValueError in every process with the first refusal of any, so that none goes on alone."""
+    refusals = [refusal]
+    if _several():
+        refusals = [None] * world()
+        dist.all_gather_object(refusals, refusal)
+    for text in filter(None, refusals):
+        raise ValueError(text)
+
+
 def meet() -> None:
     """Wait until every process is here."""
     if _several():

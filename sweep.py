@@ -14,13 +14,16 @@ from pathlib import Path
 import runs
 import train
 
+caught: list[int] = []  # signals, after which no further run is begun
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = train.Parser(prog="sweep.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("seeds", type=train.number(int, 1), help="how many, from 0; then any flag of train.py")
     args, flags = parser.parse_known_args(arguments)
     given = train.make_parser().parse_args(flags)
-    if given.run_dir or given.resume or given.seed or given.tune == "only":
+    chosen = any(flag.split("=")[0] == "--seed" for flag in flags)
+    if given.run_dir or given.resume or chosen or given.tune == "only":
         parser.error("--seed, --run-dir, --resume and --tune only are not for a sweep, which chooses them")
     seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
@@ -32,13 +35,15 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in seeds:
         given.seed = seed
         folder = train.run_folder(given)
-        outcomes[folder] = status = one([*flags, "--seed", str(seed)], folder)
-        if status.startswith("stopped"):
+        outcomes[folder] = one([*flags, "--seed", str(seed)], folder)
+        if caught:
             break
     for folder, status in outcomes.items():
         print(f"{folder}: {status}")
     left = len(seeds) - sum(status in ("done", "finished before") for status in outcomes.values())
-    sys.exit(f"sweep.py: {left} of {len(seeds)} runs are not finished" if left else 0)
+    if left:
+        print(f"sweep.py: {left} of {len(seeds)} runs are not finished", file=sys.stderr)
+    sys.exit(128 + caught[0] if caught else int(left > 0))
 
 
 def one(flags: list[str], folder: Path) -> str:
@@ -53,18 +58,25 @@ def one(flags: list[str], folder: Path) -> str:
             return "finished before"
         flags = [*flags, "--resume"]
     status = launch(flags)
-    if status in (130, 143):
-        return f"stopped by {signal.Signals(status - 128).name}; the same command goes on"
+    if caught:
+        return f"stopped by {signal.Signals(caught[0]).name}; the same command goes on"
     return "done" if status == 0 else f"failed with status {status}"
 
 
 def launch(flags: list[str]) -> int:
-    """train.py in a process of its own, which is told of a SIGTERM; a SIGINT from the keyboard reaches it anyway."""
+    """train.py in a process of its own, told of a SIGTERM within a second; a keyboard's SIGINT reaches it anyway."""
     child = subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *flags])
-    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    return child.wait()
+    told = False
+    while True:
+        try:
+            return child.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if signal.SIGTERM in caught and not told:
+                child.terminate()
+                told = True
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: caught.append(number))
     main()

@@ -41,13 +41,21 @@ OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch
 ONE_THREAD_BELOW = 10_000  # parameters
 
 
+LEARNING_RATE = 2e-3
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line instead of argparse's usage and error."""
         self.end(2, f"error: {message}")
 
     def end(self, status: int, message: str) -> None:
-        """Exit with the message on one line, whatever characters of an argument it repeats."""
+        """Exit with the message on one line, whatever characters of an argument it repeats.
+
+        What is refused with status 2 is refused by every process that torchrun started, and said by the first alone.
+        """
+        if status == 2 and os.environ.get("RANK", "0") != "0":
+            sys.exit(status)
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         self.exit(status, f"{self.prog}: {line}\n")
 
@@ -78,7 +86,7 @@ def make_parser() -> Parser:
     flag(
         "-b", "--batch-size", type=count, default=400, metavar="N", help="in training, measuring and DIB (%(default)s)"
     )
-    flag("-lr", "--learning-rate", type=number(float, 0, strict=True), default=2e-3, metavar="X", help="(%(default)s)")
+    flag("-lr", "--learning-rate", type=number(float, 0, strict=True), metavar="X", help=f"({LEARNING_RATE})")
     flag(
         "--tune", nargs="?", const="first", choices=["first", "only"], metavar="only",
         help="find the learning rate by a range test and train with it (only: do not train)",
@@ -109,10 +117,14 @@ def choose_device(name: str | None) -> torch.device:
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in here:
         raise ValueError(f"--device {name} is not to be had here: expected one of {', '.join(here)}")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun gives each process a number, and so a device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name.startswith("cuda") and processes > 1:  # torchrun gives each process a number, and so a device
+        if name != "cuda" or processes > torch.cuda.device_count():
+            raise ValueError(
+                f"--device {name} cannot be shared by {processes} processes: expected cuda, "
+                f"and at most {torch.cuda.device_count()} processes"
+            )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        if name not in here:
-            raise ValueError(f"there is no {name} for every process of torchrun: expected at most {len(here) - 2}")
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # DIB keeps the random state of the current device
     return torch.device(name)
@@ -190,6 +202,8 @@ def hparams_of(args: argparse.Namespace) -> dict:
 def adopt_flags(parser: Parser, arguments: list[str] | None, folder: Path, recorded: dict) -> argparse.Namespace:
     """The arguments, with the flags recorded of a run as defaults; ValueError for flags that differ from them."""
     names = set(vars(parser.parse_args([]))) - {"resume", "run_dir"}
+    if recorded.get("tune") == "only":
+        raise ValueError(f"--resume: {folder} holds a range test alone, which has no epochs")
     if not names <= set(recorded):
         raise ValueError(
             f"{folder} holds a run of another version: it has no {', '.join(sorted(names - set(recorded)))}"
@@ -261,12 +275,14 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic)
-    args.device = device.type if "LOCAL_RANK" in os.environ else str(device)
+    args.device = device.type if ranks.world() > 1 else str(device)
     if args.download and ranks.rank() > 0:
         ranks.meet()  # the first process fetches
-    dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
-    if args.download and ranks.rank() == 0:
-        ranks.meet()
+    try:
+        dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)
+    finally:
+        if args.download and ranks.rank() == 0:
+            ranks.meet()
     options = choose_options(args, dataset)
 
     def build() -> nn.Sequential:
@@ -285,6 +301,9 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     args.precision = choose_precision(device, args.precision)
     args.run_dir = str(run_folder(args))
     make_optimizer, steps = partial(OPTIMIZERS[args.optimizer], fused=True), []
+    if args.tune and args.learning_rate and not args.resume:
+        raise ValueError(f"--learning-rate {args.learning_rate:g} is given, and --tune is to find it")
+    args.learning_rate = args.learning_rate or LEARNING_RATE
     if args.tune and not args.resume:
         precision = mixed_precision(device, args.precision)
         steps = lr_range.sweep(model, dataset.train, make_optimizer, args.batch_size, *precision)
@@ -319,7 +338,9 @@ def run(
         start = clock(device)
         model.train()
         order = torch.randperm(len(dataset.train)).to(device, non_blocking=True)
-        ranks.from_first(order)  # where layers draw, the processes' random states part
+        ranks.from_first(order)
+        if ranks.rank() > 0:  # layers that draw are to draw something else for each share of a batch
+            torch.manual_seed(hash((args.seed, epoch, ranks.rank())))
         # batches as even as can be: BatchNorm cannot train on a leftover of one sample
         batches = order.tensor_split(ceil(len(order) / args.batch_size))
         finite = torch.ones(len(batches), dtype=torch.bool, pin_memory=device.type == "cuda")
@@ -406,42 +427,45 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     folder, running, done, kept = run_folder(args), False, 0, ""
-    ranks.join()
-    first = ranks.rank() == 0  # the only process that writes
     try:
+        ranks.join()
+        first, refusal = ranks.rank() == 0, None  # the first process is the only one that writes
         with ExitStack() as stack:
-            if args.resume:
-                if first:
-                    stack.enter_context(runs.locked(folder))
-                state = runs.load(folder)
-                args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
-            elif first:
-                runs.refuse_existing(folder)
-            dataset, build, make_optimizer, parts, steps = prepare(args)
-            device, hparams = torch.device(args.device), hparams_of(args)
-            if args.resume:
-                runs.restore(folder, state, device, parts)
-                if first:
-                    runs.resume(folder, state, hparams, device, parts)
+            try:
+                if args.resume:
+                    if first:
+                        stack.enter_context(runs.locked(folder))
+                    state = runs.load(folder)
+                    args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
+                elif first:
+                    runs.refuse_existing(folder)
+                dataset, build, make_optimizer, parts, steps = prepare(args)
+                device, hparams = torch.device(args.device), hparams_of(args)
+                if args.resume:
+                    runs.restore(folder, state, device, parts)
+            except (ValueError, OSError) as error:
+                refusal = str(error)
+            ranks.agree(refusal)
+            if args.resume and first:
+                runs.resume(folder, state, hparams, device, parts)
             elif first:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(runs.locked(folder))
                 runs.start(folder, hparams, device, parts, steps)
             if steps and first:
                 tqdm.write(f"learning rate {args.learning_rate:.3g}, by the range test: {folder / 'lr_range.csv'}")
-            if args.tune == "only":
-                return
             running, kept = True, f"; finished epochs are kept in {folder}"
-            run(args, dataset, build, make_optimizer, parts, done)
+            if args.tune != "only":
+                run(args, dataset, build, make_optimizer, parts, done)
         if first:
             print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
         ranks.leave()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.end(1 if running else 2, f"error: {error}{kept}")
     except RuntimeError as error:
-        if ranks.world() == 1:
+        if not isinstance(error, torch.distributed.DistError) and "Connection closed by peer" not in str(error):
             raise
-        parser.end(1, f"error: process {ranks.rank()} cannot go on: {error}{kept}")
+        parser.end(1, f"error: process {ranks.rank()} has lost another one{kept}")
     except Stop as stopped:
         go_on = ", and the same command with --resume goes on from them" if running else " before the run began"
         number = stopped.args[0]

@@ -60,6 +60,8 @@ def read(run: Path) -> dict[str, pd.DataFrame]:
     tables = {name: read_table(run / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
     if (run / "lr_range.csv").exists():
         tables["lr_range"] = read_table(run / "lr_range.csv", LR_RANGE)
+        if tables["lr_range"].empty:
+            raise ValueError(f"{run / 'lr_range.csv'} holds no step")
     elif tables["epochs"].empty:
         raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
     return tables

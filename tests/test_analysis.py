@@ -132,3 +132,25 @@ def test_the_legend_of_many_layers_fits():
     assert outside.y0 <= inside.y0
     assert inside.x1 <= outside.x1
     assert inside.y1 <= outside.y1
+
+
+def test_draws_a_range_test_alone_and_beside_a_run(folder):
+    steps = (
+        "step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n1,1e-4,2.2,2.25,0\n2,1e-2,1.5,1.9,1\n3,1,9,5,0\n"
+    )
+    (folder / "lr_range.csv").write_text(steps)
+    plots.main([str(folder)])
+    assert {"lr_range", "training", "nc1"} <= {p.stem for p in (folder / "figures").iterdir()}
+    axis = plots.draw_lr_range(plots.read(folder)["lr_range"], "").axes[0]
+    assert axis.get_xscale() == "log"
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("learning rate", "cross-entropy (nats)")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["of a step", "smoothed", "chosen: 0.01"]
+    for name, text in (("epochs", EPOCHS), ("nc1", NC1), ("dib", DIB)):
+        (folder / f"{name}.csv").write_text(text.splitlines()[0] + "\n")
+    for path in (folder / "figures").iterdir():
+        path.unlink()
+    plots.main([str(folder)])
+    assert {p.stem for p in (folder / "figures").iterdir()} == {"lr_range"}
+    (folder / "lr_range.csv").write_text(steps.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"lr_range.csv holds no step"):
+        plots.main([str(folder)])

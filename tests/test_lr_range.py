@@ -118,3 +118,12 @@ def test_no_rate_is_found_for_a_loss_that_does_not_fall(tmp_path, capsys, monkey
     error = refusal(capsys, *TUNED, "--tune", "--run-dir", str(tmp_path / "run"))
     assert "--tune: the loss falls steadily at no rate from 1e-06 to 2e-06" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_refuses_a_rate_beside_the_test_and_epochs_after_the_test_alone(tmp_path, capsys):
+    error = refusal(capsys, *TUNED, "--tune", "-lr", "0.5", "--run-dir", str(tmp_path / "run"))
+    assert "--learning-rate 0.5 is given, and --tune is to find it" in error
+    assert not list(tmp_path.iterdir())
+    train.main([*TUNED, "--tune", "only", "--run-dir", str(tmp_path / "run")])
+    error = refusal(capsys, "--resume", "--run-dir", str(tmp_path / "run"))
+    assert "holds a range test alone, which has no epochs" in error

@@ -157,7 +157,7 @@ def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
         tensor.data.fill_(7)
     split = clusters(20, 784, 10)
     split.x = split.x.view(20, *GREY)
-    monkeypatch.setattr(dib, "train", lambda heads, *_: seen.extend(heads[0]) or (torch.zeros(1, 2),) * 2)
+    monkeypatch.setattr(dib, "train", lambda heads, *_: seen.extend(heads[0]) or (torch.zeros(2),) * 2)
     dib.measure(model, 0, split, 10, build, torch.optim.SGD)
     assert len(seen) == 2
     for tensor in (*seen[0].parameters(), *seen[0].buffers()):

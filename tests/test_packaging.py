@@ -63,6 +63,11 @@ def test_every_make_target_that_is_named_exists():
 
 def test_apptainer_runs_make_where_it_put_the_files():
     text = (ROOT / "apptainer.def").read_text()
-    assert re.search(r"%files\n    \. (/\S+)", text).group(1) == "/app"
+    files = [line.split() for line in re.search(r"%files\n((?:    .*\n)+)", text).group(1).splitlines()]
+    assert all(target == f"/app/{name}" for name, target in files)
+    copied = {name for name, _ in files}
+    assert all((ROOT / name).exists() for name in copied)
+    assert {path.name for path in ROOT.glob("*.py")} <= copied
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= copied
     assert 'exec make -C /app "$@"' in text
-    assert "make venv" in text
+    assert text.index("cd /app") < text.index("make venv")

@@ -22,7 +22,7 @@ import ranks
 import runs
 import train
 from tests.test_dib import drawing
-from tests.test_resume import TINY
+from tests.test_resume import TINY, assert_same
 from tests.test_train import ROOT, refusal
 from tests.toys import Toy, clusters, random_images
 
@@ -129,7 +129,23 @@ def test_every_head_is_dealt_once_and_evenly(world, J):
             "-lr",
             "0.1",
         ],  # 3 and 2 samples: their means weigh differently
-        ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "13", "--splits", "group3", "--dib-epochs", "1", "--device", "cpu"],
+        pytest.param(
+            [
+                "-m",
+                "CIFARNet",
+                "-d",
+                "CIFAR10",
+                "-b",
+                "13",
+                "--splits",
+                "group3",
+                "--dib-epochs",
+                "1",
+                "--device",
+                "cpu",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tuned", "uneven", "CIFARNet"],
 )
@@ -190,6 +206,28 @@ def test_no_sample_is_trained_on_twice_and_all_measure_one_network(tmp_path):
         seen = [i for indices in trained[steps] + other_trained[steps] for i in indices]
         assert sorted(seen) == list(range(40))
     assert buffers == other_buffers
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_two(tmp_path):
+    flags = [*TINY, "-nl", "Tanh", "--sets", "test"]
+    torchrun("-m", "tests.test_ranks", "train", *flags, "--epochs", "3", "--run-dir", str(tmp_path / "whole"))
+    torchrun("-m", "tests.test_ranks", "train", *flags, "--epochs", "1", "--run-dir", str(tmp_path / "parts"))
+    torchrun("-m", "tests.test_ranks", "train", "--resume", "--epochs", "3", "--run-dir", str(tmp_path / "parts"))
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    """The first finds a run in the folder, which the others do not look for; it alone says so."""
+    train.main([*TINY, "--epochs", "1", "--run-dir", str(tmp_path / "run")])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    command = [*TORCHRUN, "train.py", *TINY, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1
+    assert "already holds a run" in lines[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

@@ -272,6 +272,7 @@ def test_a_full_disk_keeps_the_last_finished_epoch(whole, half):
     assert_same(whole, half)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_within_an_epoch(tmp_path, whole):
     flags = [*TINY, "--no-dib", "--epochs", "130", "--run-dir", str(tmp_path / "run")]
     room = (whole / "checkpoint.pt").stat().st_size + 2000  # the rows of some epochs, too, fit in that
