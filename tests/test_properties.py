@@ -85,6 +85,5 @@ def test_flags_are_understood_or_refused_on_one_line(arguments):
                 raise AssertionError(f"{stop.code}: {lines}") from stop
             return
     assert all(n >= 1 for n in (args.batch_size, args.epochs, args.dib_epochs, args.labelings, *(args.widths or [])))
-    assert args.learning_rate > 0
-    assert math.isfinite(args.learning_rate)
+    assert args.learning_rate is None or 0 < args.learning_rate < math.inf
     assert args.seed >= 0
