@@ -463,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.end(1 if running else 2, f"error: {error}{kept}")
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "Connection closed by peer" not in str(error):
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         parser.end(1, f"error: process {ranks.rank()} has lost another one{kept}")
     except Stop as stopped:

@@ -117,7 +117,7 @@ def test_every_head_is_dealt_once_and_evenly(world, J):
 @pytest.mark.parametrize(
     "flags",
     [
-        [*TINY, "-nl", "Tanh", "--train-size", "1280", "-b", "129", "--tune"],
+        pytest.param([*TINY, "-nl", "Tanh", "--train-size", "1280", "-b", "129", "--tune"], marks=pytest.mark.slow),
         [
             *TINY,
             "-nl",

@@ -101,7 +101,9 @@ def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("precision", train.PRECISIONS)
-@pytest.mark.parametrize("model", models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m == "ConvNeXt")) for m in models.ARCHITECTURES]
+)
 def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, precision):
     check_run(monkeypatch, tmp_path / "run", model, "cpu", precision, "--epochs", "1", "--no-compile")
 
