@@ -461,6 +461,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
         ranks.leave()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if not running:
+            ranks.leave()  # all refuse together, and a process that only ended would be aborted
         parser.end(1 if running else 2, f"error: {error}{kept}")
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):

@@ -227,6 +227,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(lines) == 1
     assert "already holds a run" in lines[0]
+    assert "terminate called" not in done.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
