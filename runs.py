@@ -71,7 +71,7 @@ def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps:
         for name in COLUMNS:
             write(folder / name, header(name))
         save(folder, 0, hparams, device, parts)
-        write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
+        write_hparams(folder, hparams)
     except OSError as error:
         for name in (*COLUMNS, "checkpoint.pt", "hparams.json", "lr_range.csv"):
             for path in (folder / name, folder / f"{name}.tmp"):
@@ -136,6 +136,10 @@ def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts
             file.truncate(size)
             os.fsync(file.fileno())
     save(folder, state["epoch"], hparams, device, parts)  # with more epochs, perhaps
+    write_hparams(folder, hparams)
+
+
+def write_hparams(folder: Path, hparams: dict) -> None:
     write(folder / "hparams.json", json.dumps(hparams, indent=2).encode() + b"\n")
 
 

@@ -301,16 +301,16 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     args.precision = choose_precision(device, args.precision)
     args.run_dir = str(run_folder(args))
     make_optimizer, steps = partial(OPTIMIZERS[args.optimizer], fused=True), []
-    if args.tune and args.learning_rate and not args.resume:
-        raise ValueError(f"--learning-rate {args.learning_rate:g} is given, and --tune is to find it")
-    args.learning_rate = args.learning_rate or LEARNING_RATE
     if args.tune and not args.resume:
+        if args.learning_rate:
+            raise ValueError(f"--learning-rate {args.learning_rate:g} is given, and --tune is to find it")
         precision = mixed_precision(device, args.precision)
         steps = lr_range.sweep(model, dataset.train, make_optimizer, args.batch_size, *precision)
         steps = ranks.told_by_first(steps)
         best = lr_range.steepest(steps)
         args.learning_rate = steps[best].learning_rate
         steps = [(i, *step, int(i == best)) for i, step in enumerate(steps)]
+    args.learning_rate = args.learning_rate or LEARNING_RATE
     make_optimizer = partial(make_optimizer, lr=args.learning_rate)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     parts = {"model": model, "optimizer": optimizer, "scaler": mixed_precision(device, args.precision)[1]}
@@ -326,7 +326,7 @@ def run(
     sets = {"train": dataset.train, "test": dataset.test}
     taps, cuts = models.taps(model), models.splits(model, args.splits)
     autocast, _ = mixed_precision(device, args.precision)
-    # the compiled network shares the model's parameters; only training runs it, measuring hooks into the model itself
+    # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
     network = torch.compile(network, dynamic=False) if args.compile else network
     keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,6 +53,11 @@ def compare(what: str, size: str, ours: Callable, yardstick: Callable, goal: flo
     pairs = [(seconds(ours), seconds(yardstick))]
     if sum(pairs[0]) < 20:
         pairs = [(seconds(ours), seconds(yardstick)) for _ in range(3)]
+    return medians(what, size, pairs, goal)
+
+
+def medians(what: str, size: str, pairs: list[tuple[float, float]], goal: float | None) -> Row:
+    """The row of pairs of seconds, (ours, yardstick)."""
     a, b = (median(times) for times in zip(*pairs, strict=True))
     return what, size, a, b, "s", a / b, goal
 
@@ -113,10 +118,10 @@ def bench_nc1() -> Iterator[Row]:
             yield compare(f"NC1 {name}, {words}", f"N {N}, taps {len(models.taps(model))}", ours, forward, goal)
 
 
-def last_line(call: str) -> float:
-    """The number that a function of this file prints last, in a process of its own."""
-    code = f"from tests import bench; bench.{call}"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+def last_line(call: str, launch: Iterable[str] = (), **environment: str) -> float:
+    """The number that a function of this file prints last, in a process of its own, started by launch."""
+    command = [*launch, sys.executable, "-c", f"from tests import bench; bench.{call}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
     return float(done.stdout.splitlines()[-1])
 
 
@@ -178,8 +183,7 @@ def in_turn(what: str, name: str, N: int, B: int, flags: list[str], yardstick: C
     for _ in range(3):
         ours = last_line(f"training_epoch({name!r}, {N}, '-b', '{B}', *{flags})")
         pairs.append((ours, seconds(yardstick)))
-    a, b = (median(times) for times in zip(*pairs, strict=True))
-    return what, f"N {N}, batch {B}", a, b, "s", a / b, goal
+    return medians(what, f"N {N}, batch {B}", pairs, goal)
 
 
 def bench_step() -> Iterator[Row]:
@@ -299,19 +303,13 @@ def dib_on_ranks() -> None:
 
 def bench_ranks() -> Iterator[Row]:
     """Two processes beside one; DIB's heads are shared."""
-    code = "from tests import bench; bench.dib_on_ranks()"
 
     def run(processes: int) -> float:
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--no-python"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*launch, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment
-        )
-        return float(done.stdout.splitlines()[-1])
+        return last_line("dib_on_ranks()", launch, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
     pairs = [(run(2), run(1)) for _ in range(3)]
-    two, one = (median(times) for times in zip(*pairs, strict=True))
-    yield "DIB MLP, two processes", "N 3481, splits 5, heads 12, epochs 30", two, one, "s", two / one, 1 / 1.7
+    yield medians("DIB MLP, two processes", "N 3481, splits 5, heads 12, epochs 30", pairs, 1 / 1.7)
 
 
 PARTS = {
