@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train lr-range sweep plots test test-slow check-gpu bench lock lint
+.PHONY: help venv train lr-range sweep plots report table test test-slow check-gpu bench lock lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,13 +21,19 @@ train: $(VENV) ## train and measure: MODEL=MLP DATA=SZT GPUS=2 ARGS="--epochs 5"
 LR_RANGE = $(or $(RUN),runs/$(MODEL)-$(DATA)-lr-range)
 lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=MLP DATA=SZT RUN=folder ARGS="..."
 	@.venv/bin/python train.py --model $(MODEL) --data $(DATA) --tune only --run-dir $(LR_RANGE) $(ARGS)
-	@.venv/bin/python analysis/plots.py $(LR_RANGE)
+	@.venv/bin/python -m analysis.plots $(LR_RANGE)
 
 sweep: $(VENV) ## the runs of several seeds, begun, gone on with or skipped: SEEDS=5 MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python sweep.py $(SEEDS) --model $(MODEL) --data $(DATA) $(ARGS)
 
-plots: $(VENV) ## draw a run: RUN=runs/... (the newest)
-	@.venv/bin/python analysis/plots.py $(RUN)
+plots: $(VENV) ## draw runs: RUN="runs/a runs/b" (the newest) ARGS="--epochs 1 10 100 --out folder"
+	@.venv/bin/python -m analysis.plots $(RUN) $(ARGS)
+
+report: $(VENV) ## one HTML page of runs, with every figure in it: RUN="runs/a runs/b" (the newest)
+	@.venv/bin/python -m analysis.report $(RUN) $(ARGS)
+
+table: $(VENV) ## the final figures of runs as Markdown and LaTeX: RUN="runs/a runs/b" (the newest)
+	@.venv/bin/python -m analysis.table $(RUN) $(ARGS)
 
 test: $(VENV) ## the tests
 	.venv/bin/python -m pytest $(ARGS)

@@ -3,6 +3,7 @@
 It imports nothing but torch and pytest beside the project, as test_cuda.py runs where nothing else may be."""
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +91,25 @@ def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str
     assert values == pytest.approx({tap: value for tap, (*_, value) in expected.items()}, rel=1e-2, nan_ok=True)
     assert {row["split"] for row in tables["dib.csv"]} == {LAST[model]}
     assert all(math.isfinite(float(row["loss"])) for row in tables["dib.csv"])
+
+
+def measured(folder: Path, layers: list[str], seed: int = 0, epochs: int = 3, **flags: object) -> Path:
+    """A run's CSVs without a run: NC1 halves from layer to layer, and what decoders tell grows over the epochs."""
+    folder.mkdir()
+    hparams = {"model": "MLP", "data": "SZT", "seed": seed, "epochs": epochs, "run_dir": str(folder), **flags}
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    rows: dict[str, list] = {name: [] for name in runs.COLUMNS}
+    for epoch in range(1, epochs + 1):
+        for each, more in (("train", 1.0), ("test", 1.5)):
+            rows["epochs.csv"].append((epoch, each, (more + seed) / epoch, 1 - 0.5**epoch, 0))
+            for k, layer in enumerate(layers, 1):
+                rows["nc1.csv"].append((epoch, each, layer, 8, 1, more * 100 * 0.5**k / epoch))
+            for split in layers if epoch > 1 else ["input", *layers]:
+                for labeling in ("0", "1", "y"):
+                    told = 0.1 * epoch * (1 + 0.1 * seed) + (labeling == "y") * 0.2
+                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, 0.69 - told, 0.01 / epoch))
+    for name, lines in rows.items():
+        (folder / name).write_text(
+            "\n".join([runs.COLUMNS[name], *(",".join(map(str, line)) for line in lines)]) + "\n"
+        )
+    return folder

@@ -1,0 +1,259 @@
+"""What runs measured, as tables: read from their CSVs, and the runs that differ only in their seed put together."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from os.path import commonpath
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+COLUMNS = {  # what is used
+    "epochs": ["epoch", "set", "loss", "accuracy"],
+    "nc1": ["epoch", "set", "layer", "nc1"],
+    "dib": ["epoch", "set", "split", "labeling", "entropy", "loss", "drop"],
+    "lr_range": ["step", "learning_rate", "loss", "smoothed", "chosen"],
+}
+WORDS = ("set", "layer", "split", "labeling")
+ELSEWHERE = (
+    "run_dir",
+    "data_dir",
+    "download",
+    "resume",
+    "device",
+    "torch",
+    "torchvision",
+)  # where and with what a run was
+INPUT = "input"  # the split without encoder, measured once
+
+
+@dataclass
+class Group:
+    """Runs that differ only in their seed, up to the last epoch that all of them have.
+
+    label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, and
+    information beside them; a measure that was switched off is an empty table. shown: the epochs compared by depth.
+    """
+
+    label: str
+    folders: list[Path]
+    hparams: list[dict]
+    tables: dict[str, pd.DataFrame]
+    last: int
+    shown: list[int]
+
+    @property
+    def seeds(self) -> str:
+        count = len(self.folders)
+        return f"seed {self.hparams[0]['seed']}" if count == 1 else f"{count} seeds: mean ± sd"
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers in order of depth, those at which DIB splits the network but NC1 is not measured among them."""
+        names = list(self.tables["nc1"]["layer"].unique())
+        before = None
+        for split in self.tables["dib"]["split"].unique():
+            if split not in (INPUT, *names):
+                names.insert(names.index(before) + 1 if before in names else 0, split)
+            before = split
+        return names
+
+    @property
+    def sets(self) -> list[str]:
+        """The sets that were measured."""
+        return [name for name in ("train", "test") if any(name in set(self.tables[t]["set"]) for t in ("nc1", "dib"))]
+
+    def of(self, table: str, each: str) -> pd.DataFrame:
+        """The rows of one set."""
+        rows = self.tables[table]
+        return rows[rows["set"] == each]
+
+
+def newest(runs: Path = Path("runs")) -> Path:
+    found = sorted(runs.glob("*/hparams.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no run in {runs.resolve()}: make train makes one, and RUN=folder names one elsewhere")
+    return found[-1].parent
+
+
+def script(description: str, write: Callable[[list[Group], Path], None], arguments: list[str] | None = None) -> None:
+    """Run a script: write the groups of the runs that the arguments name into a folder.
+
+    What cannot be used is said in one line, with exit status 2.
+    """
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
+    parser.add_argument("runs", nargs="*", type=Path, help="the folders of the runs (the newest under runs/)")
+    parser.add_argument(
+        "--out", type=Path, help="the folder to write to (that of the run; for several runs the one that holds them)"
+    )
+    parser.add_argument("--epochs", nargs="+", type=int, help="the epochs shown by depth (four from first to last)")
+    options = parser.parse_args(arguments)
+    try:
+        runs = options.runs or [newest()]
+        own = runs[0] if len(runs) == 1 else Path(commonpath([run.resolve().parent for run in runs]))
+        write(groups(runs, options.epochs), options.out or own)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
+    """The runs in these folders, put together where they differ only in their seed, in the order given.
+
+    Raises ValueError for a folder that does not hold a run, for two runs that do not differ at all, and for an epoch
+    to be shown that no run has.
+    """
+    found: dict[str, list[tuple]] = {}
+    for folder in folders:
+        hparams = read_hparams(folder)
+        others = found.setdefault(json.dumps(settings(hparams), sort_keys=True), [])
+        for other, its, _ in others:
+            if its["seed"] == hparams["seed"]:
+                raise ValueError(f"{other} and {folder} have the same flags and seed: expected runs that differ")
+        others.append((folder, hparams, read(folder)))
+    flags = [settings(runs[0][1]) for runs in found.values()]
+    made = [
+        together(label(its, flags, runs[0][0]), runs, epochs) for its, runs in zip(flags, found.values(), strict=True)
+    ]
+    longest = max(group.last for group in made)
+    for epoch in epochs or []:
+        if not 1 <= epoch <= longest:
+            raise ValueError(
+                f"epoch {epoch} cannot be shown: expected 1 to {longest}, the last epoch that was measured"
+            )
+    return made
+
+
+def read_hparams(folder: Path) -> dict:
+    path = folder / "hparams.json"
+    try:
+        hparams = json.loads(path.read_text())
+        missing = [name for name in ("model", "data", "seed") if name not in hparams]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the flags of a run: {getattr(error, 'strerror', error)}") from None
+    if missing:
+        raise ValueError(f"{path} does not hold the flags of a run: it lacks {missing[0]}")
+    return hparams
+
+
+def settings(hparams: dict) -> dict:
+    """The flags that make a run what it is, but for its seed; a rate that a range test found follows from them."""
+    found = ("learning_rate",) if hparams.get("tune") else ()
+    return {name: value for name, value in hparams.items() if name not in ("seed", *ELSEWHERE, *found)}
+
+
+def label(flags: dict, others: list[dict], folder: Path) -> str:
+    """Model and data, and the flags in which runs of this model on this data differ; if they are many, the folder."""
+    alike = [its for its in others if (its["model"], its["data"]) == (flags["model"], flags["data"])]
+    names = [name for name in flags if any(its.get(name) != flags[name] for its in alike)]
+    differing = ", ".join(f"{name} {text(flags[name])}" for name in names)
+    start = f"{flags['model']} on {flags['data']}"
+    if len(differing) > 60:
+        return f"{start}: {folder.name}"
+    return f"{start}, {differing}" if differing else start
+
+
+def text(value: object) -> str:
+    """A flag's value in words, lists without brackets."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
+    folders, hparams, tables = zip(*runs, strict=True)
+    lasts = [0 if its["epochs"].empty else its["epochs"]["epoch"].max() for its in tables]
+    last = min(lasts)
+    if last < max(lasts):
+        label += f", up to epoch {last}"
+    joined = {}
+    for name in COLUMNS:
+        joined[name] = pd.concat([t[name].assign(seed=h["seed"]) for t, h in zip(tables, hparams, strict=True)])
+        if name != "lr_range":
+            joined[name] = joined[name][joined[name]["epoch"] <= last]
+    joined["information"] = information(joined["dib"])
+    shown = [epoch for epoch in epochs or spaced(last, 4) if epoch <= last]
+    return Group(label, list(folders), list(hparams), joined, last, shown)
+
+
+def spaced(last: int, count: int) -> list[int]:
+    """So many epochs from the first to the last, evenly on a log scale; fewer where they would coincide."""
+    return sorted(set(np.geomspace(1, max(last, 1), count).round().astype(int).tolist()))
+
+
+def read(run: Path) -> dict[str, pd.DataFrame]:
+    """The tables of a run by name; a measure that was switched off is an empty table.
+
+    Raises ValueError, naming the file and where it can the line, for a table that is not one of a run.
+    """
+    tables = {}
+    for name, columns in COLUMNS.items():
+        path = run / f"{name}.csv"
+        there = name != "lr_range" or path.exists()
+        tables[name] = read_table(path, columns) if there else pd.DataFrame(columns=columns)
+        if there and name == "lr_range" and tables[name].empty:
+            raise ValueError(f"{path} holds no step")
+    if tables["epochs"].empty and tables["lr_range"].empty:
+        raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
+    return tables
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' errors are ValueErrors, and name the line
+        raise ValueError(f"{path} is not a CSV of a run: {' '.join(str(error).split())}") from None
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
+    for column in columns:
+        texts = table[column].fillna("")
+        if column == "set":
+            bad, expected = ~texts.isin(["train", "test"]), "train or test"
+        elif column in WORDS:
+            bad, expected = texts == "", "a name"
+        elif column == "epoch":
+            bad, expected = ~texts.str.fullmatch("[1-9][0-9]{,8}"), "a whole number from 1"
+            table[column] = pd.to_numeric(texts, errors="coerce")
+        else:
+            table[column] = pd.to_numeric(texts, errors="coerce")
+            bad, expected = table[column].isna() & (texts != "nan"), "a number"
+        if bad.any():
+            line = int(bad.argmax())
+            raise ValueError(f"{path}, line {line + 2}: {column} is {texts[line]!r}, expected {expected}")
+    return table
+
+
+def information(dib: pd.DataFrame) -> pd.DataFrame:
+    """Minimality and sufficiency in bits of every seed, epoch, set and split, splits in order of depth.
+
+    Minimality: the mean over all labelings of all enumerations of entropy - loss; sufficiency: that of the labels.
+    """
+    bits = dib.assign(bits=(dib["entropy"] - dib["loss"]) / log(2))
+    keys = ["seed", "epoch", "set", "split"]
+    original = bits["labeling"] == "y"
+    minimality = bits[~original].groupby(keys, sort=False)["bits"].mean()
+    sufficiency = bits[original].groupby(keys, sort=False)["bits"].mean()
+    return pd.DataFrame({"minimality": minimality, "sufficiency": sufficiency}).reset_index()
+
+
+def over_seeds(table: pd.DataFrame, keys: list[str], value: str, log: bool = False) -> pd.DataFrame:
+    """Mean and standard deviation (n - 1; 0 for one seed) of a value over the seeds that have it, by the keys.
+
+    Columns mean, low and high (a standard deviation below and above) and count, the number of those seeds. log: mean
+    and deviation are those of the logarithm, for positive values on a log axis (a geometric mean).
+    """
+    values = table[value].astype(float)
+    if log:
+        values = np.log(values.where(values > 0))
+    over = table.assign(value=values).groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    std = over.pop("std").fillna(0)
+    over["low"], over["high"] = over["mean"] - std, over["mean"] + std
+    if log:
+        over[["mean", "low", "high"]] = np.exp(over[["mean", "low", "high"]])
+    return over

@@ -1,0 +1,193 @@
+import json
+import os
+import re
+from math import log, sqrt
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import tables
+from tests.toys import measured
+
+EPOCHS = "epoch,set,loss,accuracy,seconds\n1,train,0.7,0.5,1\n1,test,0.7,0.5,1\n2,train,0.6,0.6,1\n2,test,0.6,0.6,1\n"
+DIB = """epoch,set,split,permutation,labeling,entropy,loss,drop
+1,train,input,0,y,0.69,0.1,0.01
+1,train,input,0,0,0.69,0.2,0.01
+1,train,input,0,1,0.60,0.6,0.01
+1,train,hidden1,0,y,0.69,0.2,0.01
+1,train,hidden1,0,0,0.69,0.3,0.01
+1,train,hidden1,0,1,0.60,0.5,0.01
+2,train,hidden1,0,y,0.69,0.1,nan
+2,train,hidden1,0,0,0.69,0.5,nan
+2,train,hidden1,0,1,0.60,0.6,nan
+"""
+LAYERS = ["hidden1", "hidden2"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = measured(tmp_path / "run", LAYERS)
+    (folder / "epochs.csv").write_text(EPOCHS)
+    return folder
+
+
+def test_information_by_hand(folder):
+    """Minimality: the mean of entropy - loss over the digits; sufficiency: that of y; both in bits."""
+    (folder / "dib.csv").write_text(DIB)
+    (group,) = tables.groups([folder])
+    info = group.tables["information"]
+    assert info[["seed", "epoch", "split"]].values.tolist() == [[0, 1, "input"], [0, 1, "hidden1"], [0, 2, "hidden1"]]
+    assert (info["minimality"] * log(2)).tolist() == pytest.approx([0.49 / 2, (0.39 + 0.1) / 2, 0.19 / 2])
+    assert (info["sufficiency"] * log(2)).tolist() == pytest.approx([0.59, 0.49, 0.59])
+
+
+def test_mean_and_deviation_over_seeds_by_hand():
+    nan = float("nan")
+    table = pd.DataFrame({"epoch": [1, 1, 1, 2, 2, 2], "v": [1.0, 2.0, 6.0, 1.0, 100.0, nan], "seed": [0, 1, 2] * 2})
+    over = tables.over_seeds(table, ["epoch"], "v")
+    assert over["mean"].tolist() == [3, 50.5]
+    assert over["count"].tolist() == [3, 2]
+    assert (over["high"] - over["mean"]).tolist() == pytest.approx([sqrt(7), 99 / sqrt(2)])
+    assert (over["mean"] - over["low"]).tolist() == pytest.approx([sqrt(7), 99 / sqrt(2)])
+    over = tables.over_seeds(table, ["epoch"], "v", log=True)
+    assert over["mean"].tolist() == pytest.approx([12 ** (1 / 3), 10])
+    assert over["high"][1] == pytest.approx(10 * 10 ** sqrt(2))  # of 0 and 2, as powers of ten: 1 and sqrt(2)
+    one = tables.over_seeds(table[table["seed"] == 0], ["epoch"], "v")
+    assert one[["low", "mean", "high"]].values.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
+    """Where and with what they ran does not matter; every other flag does."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", torch=str(seed)) for seed in (3, 1)]
+    other = measured(tmp_path / "other", LAYERS, 1, widths=[3, 2], nonlinearity="Tanh")
+    cnn = measured(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
+    found = tables.groups([runs[0], other, runs[1], cnn])
+    assert [group.folders for group in found] == [runs, [other], [cnn]]
+    assert [group.seeds for group in found] == ["2 seeds: mean ± sd", "seed 1", "seed 0"]
+    assert found[0].tables["nc1"]["seed"].unique().tolist() == [3, 1]
+    assert len(found[0].tables["information"]) == 2 * 2 * (1 + 3 * 2)
+    assert found[1].label == "MLP on SZT, widths 3 2, nonlinearity Tanh"
+    assert found[2].label == "MNISTNet on MNIST"
+
+
+def test_a_rate_that_was_found_does_not_set_runs_apart(tmp_path):
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, tune="first", learning_rate=seed) for seed in range(2)]
+    assert len(tables.groups(runs)) == 1
+
+
+def test_seeds_are_compared_up_to_the_last_epoch_of_all(tmp_path):
+    runs = [measured(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
+    for run in runs:  # as the flags of two runs of which one was ended
+        (run / "hparams.json").write_text(json.dumps({"model": "MLP", "data": "SZT", "seed": int(run.name[1:])}))
+    (group,) = tables.groups(runs)
+    assert group.label == "MLP on SZT, up to epoch 2"
+    assert {name: table["epoch"].max() for name, table in group.tables.items() if name != "lr_range"} == dict.fromkeys(
+        ("epochs", "nc1", "dib", "information"), 2
+    )
+
+
+def test_many_flags_that_differ_are_named_by_the_folder(tmp_path):
+    runs = [measured(tmp_path / name, LAYERS, splits=[name] * 40) for name in ("a", "b")]
+    assert [group.label for group in tables.groups(runs)] == ["MLP on SZT: a", "MLP on SZT: b"]
+
+
+def test_layers_in_order_of_depth_also_those_of_dib_alone(tmp_path):
+    run = measured(tmp_path / "run", ["block3", "block6", "pool"])
+    text = (run / "dib.csv").read_text()
+    (run / "dib.csv").write_text(text.replace("block3", "stem").replace("pool", "block7"))
+    assert tables.groups([run])[0].layers == ["stem", "block3", "block6", "block7", "pool"]
+
+
+@pytest.mark.parametrize(
+    ("last", "count", "expected"), [(100, 4, [1, 5, 22, 100]), (2, 4, [1, 2]), (1, 4, [1]), (0, 4, [1])]
+)
+def test_epochs_are_spaced_evenly_on_a_log_scale(last, count, expected):
+    assert tables.spaced(last, count) == expected
+
+
+def test_epochs_to_show_are_those_asked_for(tmp_path):
+    runs = [measured(tmp_path / f"e{epochs}", LAYERS, epochs=epochs) for epochs in (2, 5)]
+    assert [group.shown for group in tables.groups(runs, [1, 4])] == [[1], [1, 4]]
+    for epoch in (0, 6):
+        with pytest.raises(ValueError, match=f"epoch {epoch} cannot be shown: expected 1 to 5, the last epoch"):
+            tables.groups(runs, [1, epoch])
+
+
+def test_two_runs_with_the_same_flags_and_seed_are_refused(tmp_path):
+    runs = [measured(tmp_path / name, LAYERS) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"a and .*b have the same flags and seed: expected runs that differ"):
+        tables.groups(runs)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"model": "MLP", "data": "SZT"}', None])
+def test_hparams_that_are_not_of_a_run_are_named(folder, content):
+    path = folder / "hparams.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} does not hold the flags of a run: "):
+        tables.groups([folder])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["a"], "a"), (["a", "b"], "."), (["a", "b", "--out", "c/d"], "c/d"), ([], "runs/n")]
+)
+def test_where_a_script_writes_to(tmp_path, monkeypatch, arguments, expected):
+    """Into the run, or into the folder that several runs have in common."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for seed, name in enumerate(("a", "b", "runs/n")):
+        measured(Path(name), LAYERS, seed)
+    folders = []
+    tables.script("A test.", lambda groups, folder: folders.append(folder), arguments)
+    assert [folder.resolve() for folder in folders] == [(tmp_path / expected).resolve()]
+
+
+def test_a_script_says_in_one_line_what_it_cannot_use(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tables.script("A test.", None, [str(tmp_path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("does not hold the flags of a run: No such file or directory")
+
+
+def test_newest_run(tmp_path):
+    with pytest.raises(ValueError, match="no run in"):
+        tables.newest(tmp_path)
+    for name, age in (("b", 5), ("a", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hparams.json").write_text("{}")
+        os.utime(tmp_path / name / "hparams.json", (1000 - age, 1000 - age))
+    assert tables.newest(tmp_path) == tmp_path / "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "epochs.csv is not a CSV of a run: [Errno 2] No such file"),
+        ("", "epochs.csv is not a CSV of a run: No columns"),
+        ("a,b\n1,2\n", "epochs.csv, line 1, lacks the column 'epoch'"),
+        (EPOCHS.splitlines()[0] + "\n", "epochs.csv holds no finished epoch"),
+        (EPOCHS + "3,tra", "epochs.csv, line 6: set is 'tra', expected train or test"),
+        (EPOCHS + "3,train,", "epochs.csv, line 6: loss is '', expected a number"),
+        (EPOCHS + "3", "epochs.csv, line 6: set is '', expected train or test"),
+        (EPOCHS + "\n\n", "epochs.csv, line 6: epoch is '', expected a whole number from 1"),
+        (
+            EPOCHS.replace("\n1,train", "\n1.5,train"),
+            "epochs.csv, line 2: epoch is '1.5', expected a whole number from 1",
+        ),
+        (EPOCHS.replace("\n1,train", "\n1,train,9"), "epochs.csv is not a CSV of a run: Length of header"),
+        (EPOCHS + "3,test,0.6,6 %,1\n", "epochs.csv, line 6: accuracy is '6 %', expected a number"),
+        (EPOCHS + "3,test,0.6,0.5,1,7,8\n", "epochs.csv is not a CSV of a run: Error tokenizing data"),
+        (EPOCHS.replace("\n2", "\nx", 1), "epochs.csv, line 4: epoch is 'x', expected a whole number from 1"),
+        (b"\x89PNG\xff\xfe", "epochs.csv is not a CSV of a run: 'utf-8' codec"),
+    ],
+)
+def test_names_the_file_and_line_it_cannot_use(folder, content, message):
+    path = folder / "epochs.csv"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tables.groups([folder])
