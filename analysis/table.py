@@ -18,10 +18,11 @@ def fits(groups: list[Group]) -> pd.DataFrame:
     for group in groups:
         table = last(group.tables["epochs"], ["set"])
         table = table.assign(accuracy=100 * table["accuracy"])
-        seeds = [its["seed"] for its in group.hparams]
-        several = [(group.seeds, table)] if len(seeds) > 1 else []
-        for name, part in [*((f"seed {seed}", table[table["seed"] == seed]) for seed in seeds), *several]:
-            row = {"run": group.label, "seeds": name, "epochs": str(table["epoch"].max())}
+        parts = [(f"seed {its['seed']}", table[table["seed"] == its["seed"]]) for its in group.hparams]
+        if len(parts) > 1:
+            parts.append((group.seeds, table))
+        for name, part in parts if group.last else []:
+            row = {"run": group.label, "seeds": name, "epochs": str(group.last)}
             for value, unit in (("loss", "nats"), ("accuracy", "%")):
                 for each in SETS:
                     row[f"{value}, {each} ({unit})"] = over(part.loc[part["set"] == each, value])
@@ -90,7 +91,9 @@ def latex(table: pd.DataFrame) -> str:
 
 
 def write(groups: list[Group], folder: Path) -> None:
-    both = [fits(groups), layers(groups)]
+    both = [table for table in (fits(groups), layers(groups)) if len(table)]
+    if not both:
+        raise ValueError(f"{groups[0].folders[0]} holds no finished epoch, of which there could be a table")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text("\n".join(map(markdown, both)))
     (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n" + "\n".join(map(latex, both)))

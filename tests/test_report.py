@@ -1,0 +1,178 @@
+"""The report: what is in the page, and what a browser makes of it."""
+
+import base64
+import os
+import re
+import shutil
+from html import escape
+from html.parser import HTMLParser
+from time import monotonic, sleep
+
+import pytest
+
+from analysis import gallery, report
+from analysis.tables import groups
+from tests.toys import measured
+
+LAYERS = ["hidden1", "hidden2", "hidden10"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("<b>&amp;")
+    return [measured(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report.write(groups(runs), folder)
+    return folder / "report.html"
+
+
+def elements(page) -> list[tuple[str, dict]]:
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page.read_text())
+    return found
+
+
+def test_the_page_needs_nothing_beside_it(page):
+    for tag, attributes in elements(page):
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("#", "data:")), (tag, value)
+        assert tag not in ("link", "img", "iframe")
+    assert not re.search(r"@import|url\((?!#)", page.read_text())
+
+
+def test_every_figure_and_no_id_twice(page, runs):
+    names = gallery.names(groups(runs))
+    ids = [attributes["id"] for _, attributes in elements(page) if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert [name for name in ids if name in gallery.KINDS] == names
+    referred = set(re.findall(r'href="#([^"]+)|url\(#([^)]+)\)', page.read_text()))
+    assert {a or b for a, b in referred} <= set(ids)
+    assert all(escape(gallery.KINDS[name].caption) in page.read_text().replace("&#39;", "&#x27;") for name in names)
+
+
+def test_the_csvs_are_in_the_page(page, runs):
+    found = {
+        attributes["download"]: base64.b64decode(attributes["href"].split(",")[1])
+        for tag, attributes in elements(page)
+        if tag == "a"
+    }
+    expected = {f"{run.name}-{name}.csv": run / f"{name}.csv" for run in runs for name in ("epochs", "nc1", "dib")}
+    assert found == {name: path.read_bytes() for name, path in expected.items()}
+
+
+def test_settings_and_texts_of_a_run_are_escaped(page, runs):
+    settings = report.settings(groups(runs)).set_index("flag")["MLP on SZT"]
+    assert settings["seed"] == "0, 2"
+    assert settings["model"] == "MLP"
+    assert settings["run_dir"] == f"{runs[0]}, {runs[1]}"
+    assert "&lt;b&gt;&amp;amp;" in page.read_text()
+    assert "<b>" not in page.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser(page):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        assert "CI" not in os.environ, "CI has to install chromium and chromium-driver"
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", OFFLINE)
+    yield browser
+    browser.quit()
+
+
+TOO_WIDE = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+OFFLINE = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+
+
+def opened(browser, page, width: int, height: int = 900):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(page.as_uri())
+    return browser
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_a_browser_shows_every_figure_in_the_width_of_a_screen(browser, page, runs, width):
+    opened(browser, page, width)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script(TOO_WIDE) == 0
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().toJSON())"
+    )
+    assert len(boxes) == len(gallery.names(groups(runs)))
+    for box in boxes:
+        assert box["left"] >= 0
+        assert box["right"] <= width
+        assert box["width"] > 0.85 * min(width, 960)
+        assert box["height"] > 0.3 * box["width"]
+
+
+def test_tables_sort_by_column(browser, page):
+    opened(browser, page, 1280)
+    heads = browser.find_elements("css selector", "table.sortable:last-of-type th button")
+    by_name = {head.text: head for head in heads}
+
+    def column(number):
+        rows = browser.find_elements("css selector", "table.sortable")[1].find_elements("css selector", "tbody tr")
+        return [row.find_elements("css selector", "td")[number].text for row in rows]
+
+    assert column(2) == ["input", "hidden1", "hidden2", "hidden10"]
+    by_name["NC1, train"].click()
+    assert column(2) == ["hidden10", "hidden2", "hidden1", "input"]  # 0.03, 8, 17, and what has no number last
+    by_name["NC1, train"].click()
+    assert column(2) == ["hidden1", "hidden2", "hidden10", "input"]
+    by_name["layer"].click()
+    assert column(2) == ["hidden1", "hidden2", "hidden10", "input"]
+    assert browser.find_elements("css selector", "th[aria-sort=ascending]")[0].text.startswith("layer")
+    assert browser.get_log("browser") == []
+
+
+def test_without_scripts_the_tables_are_plain(browser, page):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        opened(browser, page, 1280)
+        assert browser.find_elements("css selector", "th button") == []
+        assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == 3 + 4
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_page_prints_within_the_paper(browser, page):
+    """A4 less the margins is 718 pixels wide."""
+    opened(browser, page, 718, 1000)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert browser.execute_script(TOO_WIDE) == 0
+        tables = "return [...document.querySelectorAll('table')].map(e => e.getBoundingClientRect().right)"
+        assert max(browser.execute_script(tables)) <= 718
+        heights = "return [...document.querySelectorAll('figure')].map(e => e.getBoundingClientRect().height)"
+        assert max(browser.execute_script(heights)) < 1000
+        assert not browser.find_element("id", "downloads").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert base64.b64decode(browser.print_page()).startswith(b"%PDF")
+
+
+def test_a_csv_is_saved(browser, page, runs, tmp_path):
+    opened(browser, page, 1280)
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.find_element("link text", "s2-nc1.csv").click()
+    saved, end = tmp_path / "s2-nc1.csv", monotonic() + 20
+    while not saved.exists() and monotonic() < end:
+        sleep(0.05)
+    assert saved.read_bytes() == (runs[1] / "nc1.csv").read_bytes()
