@@ -160,7 +160,7 @@ def draw_plane(fig: Figure, groups: list[Group]) -> None:
             axis.set_xlabel("minimality (bits)")
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes[0].set_ylabel("sufficiency (bits)")
-        style.legend(part, axes[0], f"encoder up to\n{group.seeds}")
+        style.legend(part, axes[0], f"encoder up to\n{group.mean}")
 
 
 def tracks(group: Group, each: str, across: str, up: str) -> dict[str, pd.DataFrame]:
@@ -201,7 +201,7 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
             axis.set_xlabel("minimality (bits)")
         axes[0].set_ylabel("sufficiency (bits)")
         colour_bar(part, axes, norm)
-        style.legend(part, axes[0], f"encoder up to\n{group.seeds}")
+        style.legend(part, axes[0], f"encoder up to\n{group.mean}")
 
 
 def gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:
@@ -234,7 +234,7 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))
             axis.set_xlabel(f"{title}, test − train")
         axes[0].set_ylabel("cross-entropy (nats), test − train")
-        style.legend(part, axes[0], f"layer\n{group.seeds}")
+        style.legend(part, axes[0], f"layer\n{group.mean}")
 
 
 def draw_drop(fig: Figure, groups: list[Group]) -> None:

@@ -1,6 +1,7 @@
 """Write the final figures of runs, mean and standard deviation over seeds, as Markdown and as LaTeX (booktabs)."""
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -87,6 +88,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame) -> str:
     text = table.to_latex(index=False, escape=True, column_format="ll" + "r" * (len(table.columns) - 2))
+    text = re.sub(r"(?<= )-(?=\d)", "$-$", text)
     return text.replace("±", r"$\pm$").replace("–", "--")
 
 

@@ -48,9 +48,15 @@ class Group:
     shown: list[int]
 
     @property
-    def seeds(self) -> str:
+    def mean(self) -> str:
+        """Which seeds a mean is of."""
         count = len(self.folders)
-        return f"seed {self.hparams[0]['seed']}" if count == 1 else f"{count} seeds: mean ± sd"
+        return f"seed {self.hparams[0]['seed']}" if count == 1 else f"mean of {count} seeds"
+
+    @property
+    def seeds(self) -> str:
+        """Which seeds a mean and its standard deviation are of."""
+        return self.mean.replace("mean", "mean ± sd")
 
     @property
     def layers(self) -> list[str]:

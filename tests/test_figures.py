@@ -74,7 +74,7 @@ def test_curves_are_the_mean_in_a_band_over_seeds(tmp_path):
     assert line(loss, "train").get_ydata().tolist() == pytest.approx([2, 1, 2 / 3])
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx(((2 - 2**0.5) / 3, 2 + 2**0.5))
-    assert legend(figure).get_title().get_text() == "2 seeds: mean ± sd"
+    assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds"
 
 
 def test_groups_stand_in_one_figure(tmp_path):

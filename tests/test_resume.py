@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import dib
-import models
 import nc1
 import runs
 import train
@@ -106,7 +105,8 @@ def test_drops_rows_of_an_unfinished_epoch_and_torn_ones(whole, half):
 
 @pytest.mark.parametrize(
     "flags",
-    [[name, "--precision", "float32"] for name in models.ARCHITECTURES if name != "MLP"]
+    [[name, "--precision", "float32"] for name in ("MNISTNet", "CIFARNet", "ResNet")]
+    + [pytest.param(["ConvNeXt", "--precision", "float32"], marks=pytest.mark.slow)]
     + [["MLP", "--precision", "float16"], ["MLP", "-opt", "SGD"]],
     ids=" ".join,
 )

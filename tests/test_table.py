@@ -33,7 +33,7 @@ def test_mean_and_deviation_in_digits(values, expected):
 def test_a_row_for_each_run_and_one_for_the_mean(tmp_path):
     """Loss is (1 + seed) / 3 on the training set after the third epoch, accuracy 1 - 1 / 8."""
     fits = table.fits(groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
-    assert fits["seeds"].tolist() == ["seed 0", "seed 2", "2 seeds: mean ± sd"]
+    assert fits["seeds"].tolist() == ["seed 0", "seed 2", "mean ± sd of 2 seeds"]
     assert fits["loss, train (nats)"].tolist() == ["0.3333", "1.000", "0.67 ± 0.47"]
     assert fits["loss, test (nats)"].tolist() == ["0.5000", "1.167", "0.83 ± 0.47"]
     assert fits["accuracy, test (%)"].tolist() == ["87.50", "87.50", "87.50 ± 0"]
@@ -86,9 +86,12 @@ def test_markdown_and_latex(tmp_path, capsys):
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
         assert set(lines[1]) <= set("|- ")
     assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in first
-    assert "| 2 seeds: mean ± sd | 3 | 0.67 ± 0.47 |" in first
+    assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in first
     assert markdown in capsys.readouterr().out
     assert latex.count(r"\toprule") == latex.count(r"\midrule") == latex.count(r"\bottomrule") == 2
     assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in latex
-    assert r"2 seeds: mean $\pm$ sd & 3 & 0.67 $\pm$ 0.47 &" in latex
+    assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in latex
     assert r"input & -- & -- &" in latex
+    assert (
+        table.latex(pd.DataFrame({"a-1": ["x-1"], "b": ["-0.5 ± 0.1"]})).splitlines()[4] == r"x-1 & $-$0.5 $\pm$ 0.1 \\"
+    )

@@ -64,7 +64,7 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     cnn = measured(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
     found = tables.groups([runs[0], other, runs[1], cnn])
     assert [group.folders for group in found] == [runs, [other], [cnn]]
-    assert [group.seeds for group in found] == ["2 seeds: mean ± sd", "seed 1", "seed 0"]
+    assert [group.seeds for group in found] == ["mean ± sd of 2 seeds", "seed 1", "seed 0"]
     assert found[0].tables["nc1"]["seed"].unique().tolist() == [3, 1]
     assert len(found[0].tables["information"]) == 2 * 2 * (1 + 3 * 2)
     assert found[1].label == "MLP on SZT, widths 3 2, nonlinearity Tanh"
