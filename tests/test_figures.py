@@ -77,6 +77,23 @@ def test_curves_are_the_mean_in_a_band_over_seeds(tmp_path):
     assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds"
 
 
+def test_nc1_is_the_geometric_mean_over_seeds(tmp_path):
+    """50 (1 + seed) / epoch in the first layer: 50, 100 and 400."""
+    found = groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 1, 7)])
+    mean = 50 * 16 ** (1 / 3)
+    assert line(axes(gallery.figure("nc1", found))[0], "hidden1").get_ydata()[0] == pytest.approx(mean)
+    assert axes(gallery.figure("depth", found))[0].containers[0].lines[0].get_ydata()[0] == pytest.approx(mean)
+
+
+def test_the_input_is_a_dashed_line_where_it_was_measured(tmp_path):
+    """Decoders tell 0.1 nats from it, and 0.2 more of the class; the drop is 0.01 nats, for the class 4 times that."""
+    found = groups([measured(tmp_path / "run", LAYERS)])
+    for name, expected in (("information", [0.1, 0.1, 0.3, 0.3]), ("drop", [0.02, 0.02, 0.04, 0.04])):
+        shown = [line(axis, "input") for axis in axes(gallery.figure(name, found), 4)]
+        assert [one.get_ydata()[0] for one in shown] == pytest.approx(np.array(expected) / np.log(2))
+        assert {one.get_linestyle() for one in shown} == {"--"}
+
+
 def test_groups_stand_in_one_figure(tmp_path):
     runs = [measured(tmp_path / "a", LAYERS), measured(tmp_path / "b", DEEP, model="ConvNeXt", data="CIFAR10")]
     figure = gallery.figure("training", groups(runs))

@@ -103,11 +103,12 @@ def measured(folder: Path, layers: list[str], seed: int = 0, epochs: int = 3, **
         for each, more in (("train", 1.0), ("test", 1.5)):
             rows["epochs.csv"].append((epoch, each, (more + seed) / epoch, 1 - 0.5**epoch, 0))
             for k, layer in enumerate(layers, 1):
-                rows["nc1.csv"].append((epoch, each, layer, 8, 1, more * 100 * 0.5**k / epoch))
+                rows["nc1.csv"].append((epoch, each, layer, 8, 1, (1 + seed) * more * 100 * 0.5**k / epoch))
             for split in layers if epoch > 1 else ["input", *layers]:
                 for labeling in ("0", "1", "y"):
                     told = 0.1 * epoch * (1 + 0.1 * seed) + (labeling == "y") * 0.2
-                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, 0.69 - told, 0.01 / epoch))
+                    drop = (1 + 3 * (labeling == "y")) * 0.01 / epoch
+                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, 0.69 - told, drop))
     for name, lines in rows.items():
         (folder / name).write_text(
             "\n".join([runs.COLUMNS[name], *(",".join(map(str, line)) for line in lines)]) + "\n"
