@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -17,6 +16,7 @@ from analysis.tables import INPUT, Group, over_seeds, spaced
 
 NC1 = r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit"
 MEASURES = ("minimality", "sufficiency")
+MEAN_SD = "mean ± sd of "
 SETTLED = 1e-3  # bits: where the axis of drop turns from linear to logarithmic
 
 
@@ -24,7 +24,7 @@ def rows(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBase, Group]]
     """A strip of the figure for each group, titled with its name where there are several."""
     for part, group in zip(fig.subfigures(len(groups), squeeze=False)[:, 0], groups, strict=True):
         if len(groups) > 1:
-            part.suptitle(group.label, fontsize="medium", fontweight="bold")
+            part.suptitle(style.plain(group.label), fontsize="medium", fontweight="bold")
         yield part, group
 
 
@@ -36,6 +36,20 @@ def panels(fig: FigureBase, group: Group, down: int = 1, **shared) -> np.ndarray
     return axes
 
 
+def same_scale(fig: Figure, groups: list[Group], *along: str) -> None:
+    """The same view in all strips of panels that show the same on the same data, to be compared by eye."""
+    alike: dict[tuple, list[Axes]] = {}
+    for part, group in zip(fig.subfigs, groups, strict=True):
+        for axis in part.axes:
+            if axis.get_ylabel() and axis.get_label() != "<colorbar>":  # one of each row of panels, which share it
+                alike.setdefault((axis.get_ylabel(), group.hparams[0]["data"]), []).append(axis)
+    for each in along:
+        for axes in alike.values():
+            limits = [getattr(axis, f"get_{each}lim")() for axis in axes]
+            for axis in axes:
+                getattr(axis, f"set_{each}lim")(min(low for low, _ in limits), max(high for _, high in limits))
+
+
 def curve(axis: Axes, line: pd.DataFrame, label: str | None, dash: str, look: dict, width: float | None = None) -> None:
     """The mean over seeds by epoch, in a band of one standard deviation."""
     every = style.thin(len(line))
@@ -44,24 +58,28 @@ def curve(axis: Axes, line: pd.DataFrame, label: str | None, dash: str, look: di
         axis.fill_between(line["epoch"], line["low"], line["high"], color=look["color"], alpha=0.2, linewidth=0)
 
 
+def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group) -> None:
+    """On the panel of each set a curve for each layer; the input, measured once, as a dashed line."""
+    looks = style.colours(group.layers)
+    width = 1 if len(group.layers) > style.MANY else None
+    seeds = len(group.folders)
+    for each, axis in zip(group.sets, axes, strict=True):
+        for layer, line in means[means["set"] == each].groupby("layer", sort=False):
+            fewest = means.loc[means["layer"] == layer, "count"].min()
+            label = layer if fewest == seeds or seeds == 1 else f"{layer} ({fewest} to {seeds} seeds)"
+            if layer == INPUT:
+                axis.axhline(line["mean"].iloc[0], color="black", linestyle="--", linewidth=1.2, label=label)
+                axis.axhspan(line["low"].iloc[0], line["high"].iloc[0], color="black", alpha=0.1, linewidth=0)
+            else:
+                curve(axis, line, label, "-", looks[layer], width)
+        axis.set_xlabel("epoch")
+        style.whole(axis)
+        axis.label_outer()
+
+
 def logarithmic(axis: Axes, values: pd.Series) -> None:
     if (values > 0).any():
         axis.set_yscale("log")
-
-
-def layer_curves(axis: Axes, over: pd.DataFrame, key: str, group: Group) -> None:
-    """A curve for each layer or split; the input, measured once, as a dashed line."""
-    looks = style.colours(group.layers)
-    width = 1 if len(group.layers) > style.MANY else None
-    for layer, line in over.groupby(key, sort=False):
-        few = line["count"].min()
-        label = layer if few == len(group.folders) else f"{layer} (from {few})"  # of the seeds, others have no value
-        if layer == INPUT:
-            axis.axhline(line["mean"].iloc[0], color="black", linestyle="--", linewidth=1.2, label=label)
-        else:
-            curve(axis, line, label, "-", looks[layer], width)
-    axis.set_xlabel("epoch")
-    style.whole(axis)
 
 
 def draw_training(fig: Figure, groups: list[Group]) -> None:
@@ -70,13 +88,14 @@ def draw_training(fig: Figure, groups: list[Group]) -> None:
     for values, axis in zip(("loss", "accuracy"), axes, strict=True):
         if len(groups) == 1:
             for each, look in style.colours(["train", "test"]).items():
-                curve(axis, over_seeds(groups[0].of("epochs", each), ["epoch"], values), each, style.DASHES[each], look)
+                line = over_seeds(groups[0].of("epochs", each), ["epoch"], values)
+                curve(axis, line, each, style.DASHES[each], look)
         else:
             for group, look in zip(groups, style.colours(range(len(groups))).values(), strict=True):
-                for each, label in (("train", f"{group.label}, {group.seeds}"), ("test", None)):
-                    curve(
-                        axis, over_seeds(group.of("epochs", each), ["epoch"], values), label, style.DASHES[each], look
-                    )
+                name = f"{style.plain(group.label)}, {group.seeds(MEAN_SD)}"
+                for each, label in (("train", name), ("test", None)):
+                    line = over_seeds(group.of("epochs", each), ["epoch"], values)
+                    curve(axis, line, label, style.DASHES[each], look)
             for each, dash in style.DASHES.items():
                 axis.plot([], [], color="black", linestyle=dash, label=each)
         axis.set_xlabel("epoch")
@@ -85,19 +104,19 @@ def draw_training(fig: Figure, groups: list[Group]) -> None:
     axes[1].set_ylabel("accuracy")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     handles, names = axes[0].get_legend_handles_labels()
-    title = groups[0].seeds if len(groups) == 1 else None
+    title = groups[0].seeds(MEAN_SD) if len(groups) == 1 else None
     fig.legend(handles, names, loc="outside lower center", ncols=2, title=title)
 
 
 def draw_nc1(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharey=True)[0]
-        for each, axis in zip(group.sets, axes, strict=True):
-            table = group.of("nc1", each)
-            layer_curves(axis, over_seeds(table, ["layer", "epoch"], "nc1", log=True), "layer", group)
-            logarithmic(axis, table["nc1"])
+        table = group.tables["nc1"]
+        layer_curves(axes, over_seeds(table, ["layer", "set", "epoch"], "nc1", log=True), group)
+        logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
-        style.legend(part, axes[0], f"layer\n{group.seeds}")
+        style.legend(part, axes[0], f"layer\n{group.seeds(MEAN_SD)}")
+    same_scale(fig, groups, "y")
 
 
 def draw_depth(fig: Figure, groups: list[Group]) -> None:
@@ -105,34 +124,40 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
         axes = panels(part, group, sharey=True)[0]
         table = group.tables["nc1"]
         layers = list(table["layer"].unique())
-        norm = style.epochs(group.last)
+        table = table.assign(depth=[1 + layers.index(layer) for layer in table["layer"]])
         for epoch, marker in zip(group.shown, cycle(style.MARKERS), strict=False):
-            look = {"color": style.COLOURS(norm(epoch)), "marker": marker}
+            look = {"color": style.of_epoch(epoch, group.last), "marker": marker}
             fits = []
             for each, axis in zip(group.sets, axes, strict=True):
-                over = over_seeds(
-                    table[(table["set"] == each) & (table["epoch"] == epoch)], ["layer"], "nc1", log=True
-                ).dropna()
-                over["depth"] = [1 + layers.index(layer) for layer in over["layer"]]
-                fits += depth_line(axis, over, each, look)
+                fits += depth_line(axis, table[(table["set"] == each) & (table["epoch"] == epoch)], each, look)
             axes[0].plot([], [], linestyle="", label="\n".join([f"epoch {epoch}", *fits]), **look)
         for axis in axes:
             axis.set_xticks(range(1, len(layers) + 1), layers, rotation=0 if len(layers) <= 4 else 90)
-            logarithmic(axis, table["nc1"])
+        logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
-        style.legend(part, axes[0], f"change per layer,\ncorrelation\n{group.seeds}")
+        style.legend(part, axes[0], f"change per layer,\ncorrelation\n{group.seeds(MEAN_SD)}")
+    same_scale(fig, groups, "y")
 
 
-def depth_line(axis: Axes, over: pd.DataFrame, each: str, look: dict) -> list[str]:
-    """NC1 of one epoch by depth, and a straight line fitted to its logarithm, which is said if it says something."""
-    spread = [over["mean"] - over["low"], over["high"] - over["mean"]]
-    axis.errorbar(over["depth"], over["mean"], spread, linestyle="", elinewidth=1, **look)
-    if len(over) < 3:
+def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str]:
+    """NC1 of one epoch by depth, and the mean of the lines fitted to the seeds, which is said if there are any."""
+    means = over_seeds(nc1, ["depth"], "nc1", log=True).dropna()
+    spread = [means["mean"] - means["low"], means["high"] - means["mean"]]
+    axis.errorbar(means["depth"], means["mean"], spread, linestyle="", elinewidth=1, **look)
+    fits = [line(its["depth"], np.log(its["nc1"])) for _, its in nc1[nc1["nc1"] > 0].groupby("seed") if len(its) > 2]
+    if not fits:
         return []
-    slope, start = np.polyfit(over["depth"], np.log(over["mean"]), 1)
-    correlation = np.corrcoef(over["depth"], np.log(over["mean"]))[0, 1]
-    axis.plot(over["depth"], np.exp(start + slope * over["depth"]), color=look["color"], linewidth=1, linestyle="--")
-    return [f"  {each} ×{np.exp(slope):.2f}, {correlation:.2f}"]
+    slopes, starts, correlations = np.transpose(fits)
+    fitted = np.exp(starts.mean() + slopes.mean() * means["depth"])
+    axis.plot(means["depth"], fitted, color=look["color"], linewidth=1, linestyle="--")
+    spread = f" ± {np.exp(slopes).std(ddof=1):.2f}" if len(fits) > 1 else ""
+    return [f"  {each} ×{np.exp(slopes.mean()):.2f}{spread}, {correlations.mean():.2f}"]
+
+
+def line(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
+    """Slope, intercept and correlation of the least-squares line; the correlation is NaN where y is constant."""
+    slope, start = np.polyfit(x, y, 1)
+    return slope, start, slope * x.std() / (y.std() or np.nan)
 
 
 def draw_information(fig: Figure, groups: list[Group]) -> None:
@@ -140,74 +165,91 @@ def draw_information(fig: Figure, groups: list[Group]) -> None:
         axes = panels(part, group, 2, sharex=True, sharey="row")
         table = group.tables["information"]
         for measure, pair in zip(MEASURES, axes, strict=True):
-            for each, axis in zip(group.sets, pair, strict=True):
-                over = over_seeds(table[table["set"] == each], ["split", "epoch"], measure)
-                layer_curves(axis, over, "split", group)
-                if (table[measure] < 0).any():  # where a head does worse than one that only knows the labels' shares
+            layer_curves(pair, over_seeds(table, ["layer", "set", "epoch"], measure), group)
+            if (table[measure] < 0).any():  # where a head does worse than one that only knows the labels' shares
+                for axis in pair:
                     axis.axhline(0, color="0.4", linewidth=0.8)
-                axis.label_outer()
             pair[0].set_ylabel(f"{measure} (bits)")
-        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds}")
+        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds(MEAN_SD)}")
+    same_scale(fig, groups, "y")
 
 
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharex=True, sharey=True)[0]
-        looks = style.colours(group.layers) | {INPUT: {"color": "black", "marker": "P"}}
         for each, axis in zip(group.sets, axes, strict=True):
-            for split, track in tracks(group, each, *MEASURES).items():
-                arrow(axis, track, split, looks[split])
+            points = group.of("information", each).rename(columns={"minimality": "x", "sufficiency": "y"})
+            for layer, its in points.groupby("layer", sort=False):
+                track(axis, its, layer, style.colours(group.layers).get(layer, style.INPUT))
             axis.set_xlabel("minimality (bits)")
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes[0].set_ylabel("sufficiency (bits)")
-        style.legend(part, axes[0], f"encoder up to\n{group.mean}")
+        style.legend(part, axes[0], f"encoder up to\n{group.seeds('mean of ')}")
+    same_scale(fig, groups, "x", "y")
 
 
-def tracks(group: Group, each: str, across: str, up: str) -> dict[str, pd.DataFrame]:
-    """The means over seeds of two columns of information, as x and y by epoch, for each split."""
-    table = group.of("information", each)
-    both = [over_seeds(table, ["split", "epoch"], values).set_index(["split", "epoch"]) for values in (across, up)]
-    table = pd.DataFrame({"x": both[0]["mean"], "y": both[1]["mean"]}).reset_index()
-    return dict(list(table.groupby("split", sort=False)))
+def track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
+    """The mean over seeds of x and y at 20 epochs, with an arrow along time half-way out from the start.
 
-
-def arrow(axis: Axes, track: pd.DataFrame, label: str, look: dict) -> None:
-    """A line through x and y, an arrow where it is half-way out from its start, a large marker at its end."""
-    x, y = track["x"].to_numpy(), track["y"].to_numpy()
+    A large marker is the last epoch, small ones the seeds then. Points without a value are left out.
+    """
+    points = points.dropna(subset=["x", "y"])
+    if points.empty:
+        return
+    means = points.groupby("epoch")[["x", "y"]].mean()
+    means = means[means.index.isin(spaced(means.index.max(), 20))]
+    x, y = means.to_numpy().T
     axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.7)
     axis.plot(x[-1:], y[-1:], markersize=7, mec="white", mew=0.5, linestyle="", label=label, zorder=3, **look)
+    ends = points[points["epoch"] == means.index[-1]]
+    if len(ends) > 1:
+        axis.plot(ends["x"], ends["y"], markersize=2.5, linestyle="", alpha=0.6, **look)
     far = np.hypot((x - x[0]) / (np.ptp(x) or 1), (y - y[0]) / (np.ptp(y) or 1))
     half = int(np.argmax(far >= far.max() / 2))
     if half > 0:
-        arrow = {"arrowstyle": "-|>", "color": look["color"], "linewidth": 0.8}
-        axis.annotate("", (x[half], y[half]), (x[half - 1], y[half - 1]), arrowprops=arrow)
+        head = {"arrowstyle": "-|>", "color": look["color"], "linewidth": 0.8}
+        axis.annotate("", (x[half], y[half]), (x[half - 1], y[half - 1]), arrowprops=head)
 
 
 def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
     """The layers of an epoch joined by a line, in the colour of the epoch."""
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharex=True, sharey=True)[0]
-        norm, shown = style.epochs(group.last), spaced(group.last, 40)
+        looks = style.colours(group.layers) | {INPUT: style.INPUT}
+        shown = spaced(group.last, 40)
         for each, axis in zip(group.sets, axes, strict=True):
-            by_split = tracks(group, each, *MEASURES)
-            points = pd.concat(by_split).set_index("epoch")
+            means = group.of("information", each).groupby(["layer", "epoch"], sort=False)[list(MEASURES)].mean()
+            means = means.reset_index()
             for epoch in shown:
-                places = points[(points["split"] == INPUT) | (points.index == epoch)]
-                axis.plot(places["x"], places["y"], color=style.COLOURS(norm(epoch)), linewidth=0.8, zorder=1)
-            for (split, track), marker in zip(by_split.items(), style.MARKERS, strict=False):
-                dots = track[track["epoch"].isin(shown)]
-                axis.scatter(dots["x"], dots["y"], c=style.COLOURS(norm(dots["epoch"])), marker=marker, s=16)
-                axis.scatter([], [], color="black", marker=marker, s=16, label=split)
+                joined = means[(means["epoch"] == epoch) | (means["layer"] == INPUT)]
+                colour = style.of_epoch(epoch, group.last)
+                axis.plot(*joined[list(MEASURES)].to_numpy().T, color=colour, linewidth=0.8, zorder=1)
+            for layer, its in means[means["epoch"].isin(shown)].groupby("layer", sort=False):
+                marker = looks[layer]["marker"]
+                colours = style.of_epoch(its["epoch"], group.last)
+                axis.scatter(its["minimality"], its["sufficiency"], c=colours, marker=marker, s=16)
+                axis.scatter([], [], color="black", marker=marker, s=16, label=layer)
             axis.set_xlabel("minimality (bits)")
         axes[0].set_ylabel("sufficiency (bits)")
-        colour_bar(part, axes, norm)
-        style.legend(part, axes[0], f"encoder up to\n{group.mean}")
+        colour_bar(part, axes, group.last)
+        style.legend(part, axes[0], f"encoder up to\n{group.seeds('mean of ')}")
+    same_scale(fig, groups, "x", "y")
+
+
+def colour_bar(fig: FigureBase, axes: np.ndarray, last: int) -> None:
+    bar = fig.colorbar(ScalarMappable(style.epochs(last), style.EPOCHS), ax=list(axes), label="epoch")
+    bar.solids.set(rasterized=False, edgecolor="face")  # lines in a PDF, like everything else
+    bar.ax.yaxis.set_major_locator(FixedLocator([t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= last]))
+    bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:
-    """Test - train of every seed and epoch, indexed by the keys, seed and epoch; empty where not both were measured."""
+    """Test - train by the keys, seed and epoch, where both are finite."""
     wide = table.pivot(index=[*keys, "seed", "epoch"], columns="set", values=value)
-    return wide["test"] - wide["train"] if {"train", "test"} <= set(wide) else pd.Series(dtype=float)
+    if not {"train", "test"} <= set(wide):
+        return pd.Series(dtype=float)
+    return (wide["test"] - wide["train"]).replace([np.inf, -np.inf], np.nan).dropna()
 
 
 def gaps(group: Group) -> dict[str, pd.Series]:
@@ -215,7 +257,7 @@ def gaps(group: Group) -> dict[str, pd.Series]:
     information = group.tables["information"]
     measured = {
         "NC1": gap(group.tables["nc1"], ["layer"], "nc1"),
-        "minimality (bits)": gap(information[information["split"] != INPUT], ["split"], "minimality"),
+        "minimality (bits)": gap(information[information["layer"] != INPUT], ["layer"], "minimality"),
     }
     return {title: values for title, values in measured.items() if len(values)}
 
@@ -227,31 +269,32 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
         for (title, values), axis in zip(measured.items(), axes, strict=True):
             for layer, look in style.colours(group.layers).items():
                 if layer in values.index.get_level_values(0):
-                    both = pd.DataFrame({"x": values.loc[layer], "y": loss}).dropna()
-                    arrow(axis, both.groupby("epoch").mean(), layer, look)
+                    points = pd.DataFrame({"x": values.loc[layer], "y": loss})
+                    track(axis, points.reset_index(), layer, look)
             size = values.abs()
-            if size.max() > 100 * size.median() > 0:
+            if size.max() > 100 * size.median() > 0:  # it spans decades, to both sides of 0
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))
             axis.set_xlabel(f"{title}, test − train")
         axes[0].set_ylabel("cross-entropy (nats), test − train")
-        style.legend(part, axes[0], f"layer\n{group.mean}")
+        style.legend(part, axes[0], f"layer\n{group.seeds('mean of ')}")
 
 
 def draw_drop(fig: Figure, groups: list[Group]) -> None:
-    """The mean and the largest, over the heads of a split, of the fall of their loss in the last tenth of training."""
+    """The mean and the largest fall of a loss in its last tenth, over the heads of a split and all seeds."""
     for part, group in rows(fig, groups):
         axes = panels(part, group, 2, sharex=True, sharey=True)
-        dib = group.tables["dib"].assign(drop=group.tables["dib"]["drop"] / log(2))
-        for pair, of, words in zip(axes, ("mean", "max"), ("mean of the heads", "largest"), strict=True):
-            heads = dib.groupby(["seed", "set", "split", "epoch"], sort=False)["drop"].agg(of).reset_index()
-            for each, axis in zip(group.sets, pair, strict=True):
-                over = over_seeds(heads[heads["set"] == each], ["split", "epoch"], "drop")
-                layer_curves(axis, over, "split", group)
+        heads = group.tables["dib"].groupby(["layer", "set", "epoch"], sort=False)["drop"]
+        for pair, figure, words in zip(
+            axes, (heads.mean(), heads.max()), ("mean of the heads", "largest"), strict=True
+        ):
+            bits = (figure / log(2)).reset_index(name="mean")
+            layer_curves(pair, bits.assign(low=bits["mean"], high=bits["mean"], count=len(group.folders)), group)
+            for axis in pair:
                 axis.set_yscale("symlog", linthresh=SETTLED, linscale=0.4, subs=[2, 5])
                 axis.axhline(0, color="0.4", linewidth=0.8)
-                axis.label_outer()
             pair[0].set_ylabel(f"{words} (bits)")
-        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds}")
+        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds()}")
+    same_scale(fig, groups, "y")
 
 
 def draw_lr_range(fig: Figure, groups: list[Group]) -> None:
@@ -260,20 +303,11 @@ def draw_lr_range(fig: Figure, groups: list[Group]) -> None:
         table = group.tables["lr_range"]
         axis.plot(table["learning_rate"], table["loss"], ".", color="0.6", label="of a step")
         for number, (_, steps) in enumerate(table.groupby("seed", sort=False)):
-            first = number == 0
-            axis.plot(steps["learning_rate"], steps["smoothed"], color="#0072B2", label="smoothed" if first else None)
+            label = "smoothed" if number == 0 else None
+            axis.plot(steps["learning_rate"], steps["smoothed"], color="#0072B2", label=label)
             for rate in steps.loc[steps["chosen"] == 1, "learning_rate"]:
                 axis.axvline(rate, color="#D55E00", linestyle="--", label=f"chosen: {rate:.2g}")
         axis.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy (nats)")
         early = table[table["step"] <= table["step"].max() / 2]  # the end, where it diverges, would flatten the rest
         axis.set_ylim(top=1.3 * early["smoothed"].max())
-        axis.legend(title=group.seeds)
-
-
-def colour_bar(fig: FigureBase, axes: np.ndarray, norm: LogNorm) -> None:
-    bar = fig.colorbar(ScalarMappable(norm, style.COLOURS), ax=list(axes), label="epoch")
-    bar.solids.set(rasterized=False, edgecolor="face")  # lines in a PDF, like everything else
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if t <= norm.vmax]
-    bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
-    bar.ax.yaxis.set_major_formatter(ScalarFormatter())
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend(title=group.seeds())

@@ -18,93 +18,124 @@ from analysis.tables import Group
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure: its title, what to look for in it, the function that draws it, inches a group, which groups have it."""
+    """A figure: its title, what to look for in it, the function that draws it, which groups have it.
+
+    height: inches of a strip; strips: whether each group has one, or all are in one.
+    """
 
     title: str
     caption: str
     draw: Callable[[Figure, list[Group]], None]
-    height: float
     has: Callable[[Group], bool]
+    height: float
+    strips: bool = True
+
+
+def measured(table: str) -> Callable[[Group], bool]:
+    return lambda group: not group.tables[table].empty
 
 
 KINDS = {
     "lr_range": Kind(
-        "Learning-rate range test",
-        "The loss while the learning rate grows. The dashed line is the rate that was taken, where the loss falls "
-        "fastest; further right it turns and then diverges.",
-        figures.draw_lr_range,
-        3.4,
-        lambda group: not group.tables["lr_range"].empty,
+        title="Learning-rate range test",
+        caption=(
+            "The loss while the learning rate grows. The dashed line is the rate that was taken, where the loss falls "
+            "fastest; further right it turns and then diverges."
+        ),
+        draw=figures.draw_lr_range,
+        has=measured("lr_range"),
+        height=3.4,
     ),
     "training": Kind(
-        "Loss and accuracy",
-        "Whether the network has fitted its training set (collapse is a matter of the epochs after that), and how far "
-        "the test set stays behind.",
-        figures.draw_training,
-        3.6,
-        lambda group: not group.tables["epochs"].empty,
+        title="Loss and accuracy",
+        caption=(
+            "Whether the network has fitted its training set (collapse is a matter of the epochs after that), and how "
+            "far the test set stays behind."
+        ),
+        draw=figures.draw_training,
+        has=measured("epochs"),
+        height=3.6,
+        strips=False,
     ),
     "nc1": Kind(
-        "Neural collapse over epochs",
-        "NC1, the scatter within the classes over that between them, of every layer: where a curve falls, the samples "
-        "of a class draw together. A test curve that levels off while that of the training set goes on falling is a "
-        "collapse that does not generalise. Mean and band are those of the logarithm.",
-        figures.draw_nc1,
-        3.4,
-        lambda group: not group.tables["nc1"].empty,
+        title="Neural collapse over epochs",
+        caption=(
+            "NC1, the scatter within the classes over that between them, of every layer: where a curve falls, the "
+            "samples of a class draw together. A test curve that levels off while that of the training set goes on "
+            "falling is a collapse that does not generalise. Mean and band over seeds are those of the logarithm."
+        ),
+        draw=figures.draw_nc1,
+        has=measured("nc1"),
+        height=3.4,
     ),
     "depth": Kind(
-        "Neural collapse by depth",
-        "The law of data separation (He & Su, PNAS 2023): in a trained network the logarithm of NC1 falls along a "
-        "straight line with depth. The legend has the factor by which NC1 changes from a layer to the next, by the "
-        "dashed line fitted to the logarithm, and the correlation of the logarithm with depth: -1 is the law exactly.",
-        figures.draw_depth,
-        3.8,
-        lambda group: not group.tables["nc1"].empty,
+        title="Neural collapse by depth",
+        caption=(
+            "The law of data separation (He & Su, PNAS 2023): in a trained network the logarithm of NC1 falls along a "
+            "straight line with depth. The dashed line is fitted to the logarithm; the legend has the factor by which "
+            "NC1 changes from a layer to the next along it, and the correlation with depth, of which -1 is the law "
+            "exactly. Of several seeds each is fitted, and the mean of the fits shown."
+        ),
+        draw=figures.draw_depth,
+        has=measured("nc1"),
+        height=3.8,
     ),
     "information": Kind(
-        "Decodable information",
-        "Minimality is what decoders can tell of which sample of its class an encoding came from, sufficiency what "
-        "they can tell of the class. A layer compresses where minimality falls while sufficiency stays. The dashed "
-        "line is the input itself. Both are understated where the decoders had not settled: see the last figure.",
-        figures.draw_information,
-        4.8,
-        lambda group: not group.tables["dib"].empty,
+        title="Decodable information",
+        caption=(
+            "Minimality is what decoders can tell of which sample of its class an encoding came from, sufficiency what "
+            "they can tell of the class. A layer compresses where minimality falls while sufficiency stays. The dashed "
+            "line is the input itself. Both are understated where the decoders had not settled: see the last figure."
+        ),
+        draw=figures.draw_information,
+        has=measured("dib"),
+        height=4.8,
     ),
     "plane": Kind(
-        "Information plane",
-        "A track for each encoder, from the first epoch along the arrow to the last, a large marker. Up is fitting, "
-        "left is compression: a track that rises and then turns left compresses after it has fitted.",
-        figures.draw_plane,
-        3.6,
-        lambda group: not group.tables["dib"].empty,
+        title="Information plane",
+        caption=(
+            "A track for each encoder through epochs spaced evenly on a log scale, along the arrow to the last, a "
+            "large marker, around which small ones are the seeds. Up is fitting, left is compression: a track that "
+            "rises and then turns left compresses after it has fitted."
+        ),
+        draw=figures.draw_plane,
+        has=measured("dib"),
+        height=3.6,
     ),
     "plane_by_epoch": Kind(
-        "Information plane by epoch",
-        "The picture of Shwartz-Ziv & Tishby (2017), with decodable information in place of binned mutual information: "
-        "a line joins the layers of an epoch, the input and shallow layers to the right. In theirs the lines rise in "
-        "the early epochs and then move left.",
-        figures.draw_plane_by_epoch,
-        3.8,
-        lambda group: not group.tables["dib"].empty and group.hparams[0]["data"] == "SZT",
+        title="Information plane by epoch",
+        caption=(
+            "The picture of Shwartz-Ziv & Tishby (2017), with decodable information in place of binned mutual "
+            "information: a line joins the layers of an epoch, the input and shallow layers to the right. In theirs "
+            "the lines rise in the early epochs and then move left."
+        ),
+        draw=figures.draw_plane_by_epoch,
+        has=lambda group: measured("dib")(group) and group.hparams[0]["data"] == "SZT",
+        height=3.8,
     ),
     "gap": Kind(
-        "Generalisation and compression",
-        "Up is the generalisation gap, test loss - train loss, across the same difference of NC1 and of minimality: a "
-        "track for each layer, from the first epoch along the arrow to the last, a large marker. Tracks that keep to "
-        "a rising line say that the two go together. The test set is smaller: its labelings have fewer digits and its "
-        "decoders take fewer steps, which moves minimality by itself.",
-        figures.draw_gap,
-        3.6,
-        lambda group: bool(figures.gaps(group)),
+        title="Generalisation and compression",
+        caption=(
+            "Up is the generalisation gap, test loss - train loss, across the same difference of NC1 and of "
+            "minimality: a track for each layer, as in the information plane. Tracks that keep to a rising line say "
+            "that the two go together. The test set is smaller: its labelings have fewer digits and its decoders take "
+            "fewer steps, which moves minimality by itself. An axis of NC1 that spans decades is linear between its "
+            "ticks next to 0."
+        ),
+        draw=figures.draw_gap,
+        has=lambda group: bool(figures.gaps(group)),
+        height=3.6,
     ),
     "drop": Kind(
-        "How far the decoders had settled",
-        "How much the training loss of DIB's decoders still fell over the last tenth of their epochs. What is far "
-        "above 0 was cut short, and its information is understated by more than that. Linear below 0.001 bits.",
-        figures.draw_drop,
-        4.8,
-        lambda group: not group.tables["dib"].empty,
+        title="How far the decoders had settled",
+        caption=(
+            "How much the training loss of DIB's decoders still fell over the last tenth of their epochs: what is far "
+            "above 0 was cut short, and understates the information by an amount of that order. A narrow decoder that "
+            "was born dead does not fall either: it has no information and a drop of 0. Linear below 0.001 bits."
+        ),
+        draw=figures.draw_drop,
+        has=measured("dib"),
+        height=4.8,
     ),
 }
 
@@ -137,7 +168,7 @@ def figure(name: str, groups: list[Group]) -> Figure:
     kind = KINDS[name]
     groups = [group for group in groups if kind.has(group)]
     fig = plt.figure(figsize=size(kind, groups))
-    fig.suptitle(kind.title if len(groups) > 1 else f"{kind.title}: {groups[0].label}")
+    fig.suptitle(kind.title if len(groups) > 1 else f"{kind.title}: {style.plain(groups[0].label)}")
     kind.draw(fig, groups)
     fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")
@@ -145,7 +176,6 @@ def figure(name: str, groups: list[Group]) -> Figure:
 
 
 def size(kind: Kind, groups: list[Group]) -> tuple[float, float]:
-    """Width and height in inches: a strip for each group, but for the figure that has all in one."""
-    strips = 1 if kind.draw is figures.draw_training else len(groups)
+    """Width and height in inches."""
     long = any(len(group.layers) > style.MANY for group in groups)
-    return style.WIDTH + 1.4 * long, 0.3 + kind.height * strips
+    return style.WIDTH + 1.4 * long, 0.3 + kind.height * (len(groups) if kind.strips else 1)

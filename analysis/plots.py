@@ -9,10 +9,13 @@ from analysis.tables import Group
 def write(groups: list[Group], folder: Path) -> None:
     folder = folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (png, pdf) in gallery.pictures(groups, ("png", "pdf")):
-        (folder / f"{name}.pdf").write_bytes(pdf)
-        (folder / f"{name}.png").write_bytes(png)
+    for name, files in gallery.pictures(groups, ("png", "pdf")):
+        for ending, content in zip(("png", "pdf"), files, strict=True):
+            (folder / f"{name}.{ending}").write_bytes(content)
         print(folder / f"{name}.png")
+    for name in gallery.KINDS.keys() - gallery.names(groups):  # of other runs, drawn here before
+        for ending in ("png", "pdf"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

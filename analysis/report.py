@@ -18,8 +18,7 @@ def page(groups: list[Group]) -> str:
     ).get_template("report.html")
     return template.render(
         title="Neural collapse and decodable information: " + "; ".join(group.label for group in groups),
-        fits=table.fits(groups),
-        layers=table.layers(groups),
+        tables=table.titled(groups),
         figures=[(name, gallery.KINDS[name], inline(svg, name)) for name, (svg,) in gallery.pictures(groups, ("svg",))],
         settings=settings(groups),
         downloads=downloads(groups),
@@ -35,21 +34,24 @@ def inline(svg: bytes, name: str) -> str:
 
 
 def settings(groups: list[Group]) -> pd.DataFrame:
-    """Flags down, runs across; the seeds of a group in one cell."""
-    names = list(dict.fromkeys(name for group in groups for name in group.hparams[0]))
-    rows = {"flag": names}
+    """Flags down, groups across; what differs among the runs of a group all in its cell."""
+    names = list(dict.fromkeys(name for group in groups for its in group.hparams for name in its))
+    columns = {"flag": names}
     for group in groups:
-        rows[group.label] = [
+        columns[group.label] = [
             ", ".join(dict.fromkeys(tables.text(its[name]) for its in group.hparams if name in its)) for name in names
         ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(columns)
 
 
 def downloads(groups: list[Group]) -> list[tuple[str, str]]:
-    """The name and the content in base64 of every CSV, under the name of its run where there are several."""
+    """The name and the content in base64 of every CSV, after its run's folder where there are several."""
     folders = [folder for group in groups for folder in group.folders]
     return [
-        (name if len(folders) == 1 else f"{folder.name}-{name}", b64encode((folder / name).read_bytes()).decode())
+        (
+            name if len(folders) == 1 else f"{folder.as_posix().strip('/').replace('/', '-')}-{name}",
+            b64encode((folder / name).read_bytes()).decode(),
+        )
         for folder in folders
         for name in (f"{key}.csv" for key in tables.COLUMNS)
         if (folder / name).exists()

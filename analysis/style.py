@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -25,9 +26,15 @@ STYLE = {
 WIDTH = 8.4  # inches, of a figure of two panels side by side
 MANY = 10  # names, from which on a legend has two columns
 
-# Dark to light, also in grey; without the yellow and the light greens, which are faint on paper.
-COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.78, 256)))
-MARKERS = "osD^v<>PphX8d"
+
+def shades(name: str, lightest: float) -> ListedColormap:
+    """A colour map from dark to light, also in grey, up to where it gets faint on paper."""
+    return ListedColormap(matplotlib.colormaps[name](np.linspace(0, lightest, 256)))
+
+
+LAYERS, EPOCHS = shades("viridis", 0.78), shades("inferno", 0.75)
+MARKERS = "osD^v<>Pph8d"
+INPUT = {"color": "black", "marker": "X"}
 DASHES = {"train": "-", "test": "--"}
 
 
@@ -35,13 +42,23 @@ def colours(names: list) -> dict[str, dict]:
     """A colour and a marker for each name in order: the same for a layer in every figure, if all layers are named."""
     return {
         name: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
-        for i, (name, colour) in enumerate(zip(names, COLOURS(np.linspace(0, 1, len(names))), strict=True))
+        for i, (name, colour) in enumerate(zip(names, LAYERS(np.linspace(0, 1, len(names))), strict=True))
     }
 
 
 def epochs(last: int) -> LogNorm:
     """The norm that gives epochs their colours: early ones, when most happens, are told apart too."""
     return LogNorm(1, max(2, last))
+
+
+def of_epoch(epoch: ArrayLike, last: int) -> np.ndarray:
+    """The colour of an epoch, or of several, of so many."""
+    return EPOCHS(epochs(last)(epoch))
+
+
+def plain(text: str) -> str:
+    """A name from outside, in which a dollar does not begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def thin(count: int) -> int:

@@ -17,57 +17,58 @@ def fits(groups: list[Group]) -> pd.DataFrame:
     """Loss (nats) and accuracy (%) after the last epoch: a row for each run, and one for the mean over the seeds."""
     rows = []
     for group in groups:
-        table = last(group.tables["epochs"], ["set"])
-        table = table.assign(accuracy=100 * table["accuracy"])
+        table = group.tables["epochs"]
+        table = table[table["epoch"] == group.last].assign(accuracy=100 * table["accuracy"])
         parts = [(f"seed {its['seed']}", table[table["seed"] == its["seed"]]) for its in group.hparams]
         if len(parts) > 1:
-            parts.append((group.seeds, table))
+            parts.append((group.seeds("mean ± sd of "), table))
         for name, part in parts if group.last else []:
             row = {"run": group.label, "seeds": name, "epochs": str(group.last)}
             for value, unit in (("loss", "nats"), ("accuracy", "%")):
                 for each in SETS:
-                    row[f"{value}, {each} ({unit})"] = over(part.loc[part["set"] == each, value])
+                    row[f"{value}, {each} ({unit})"] = cell(part.loc[part["set"] == each, value])
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def layers(groups: list[Group]) -> pd.DataFrame:
-    """NC1, minimality and sufficiency (bits) after the last epoch: a row for each layer, over the seeds of a group."""
+def layers(group: Group) -> pd.DataFrame:
+    """NC1, minimality and sufficiency (bits) after the last epoch, over seeds: a row for each layer.
+
+    The input was measured in the first epoch.
+    """
+    nc1, information = (
+        table[(table["epoch"] == group.last) | (table["layer"] == tables.INPUT)]
+        for table in (group.tables["nc1"], group.tables["information"])
+    )
+    first = [tables.INPUT] if tables.INPUT in set(information["layer"]) else []
     rows = []
-    for group in groups:
-        nc1 = last(group.tables["nc1"], ["set", "layer"])
-        information = last(group.tables["information"], ["set", "split"])
-        measured = [tables.INPUT] if tables.INPUT in set(information["split"]) else []
-        for layer in [*measured, *group.layers]:
-            row = {"run": group.label, "seeds": group.seeds, "layer": layer}
-            for table, key, value, title in (
-                (nc1, "layer", "nc1", "NC1, {}"),
-                (information, "split", "minimality", "minimality, {} (bits)"),
-                (information, "split", "sufficiency", "sufficiency, {} (bits)"),
-            ):
-                for each in SETS:
-                    row[title.format(each)] = over(table.loc[(table["set"] == each) & (table[key] == layer), value])
-            rows.append(row)
+    for layer in [*first, *group.layers]:
+        row = {"layer": layer}
+        for each in SETS:
+            values = nc1.loc[(nc1["set"] == each) & (nc1["layer"] == layer), "nc1"]
+            row[f"NC1, {each}"] = cell(values, none="rank 0")  # the class means coincide
+        for measure in ("minimality", "sufficiency"):
+            for each in SETS:
+                values = information.loc[(information["set"] == each) & (information["layer"] == layer), measure]
+                row[f"{measure}, {each} (bits)"] = cell(values)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def last(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The rows of the last epoch in which each was measured, for the input the first."""
-    return table[table["epoch"] == table.groupby(keys)["epoch"].transform("max")]
-
-
-def over(values: pd.Series) -> str:
+def cell(values: pd.Series, none: str = "nan") -> str:
     """One value to four digits, or mean ± standard deviation (n - 1) of several to two digits of the latter.
 
-    A value that is NaN, the NC1 of a layer whose class means coincide, is left out, and how many are left is said.
+    NaN is left out, and how many are left is said; none: what stands where none are.
     """
     present = values.dropna()
     if present.empty:
-        return "rank 0" if len(values) else NOT_MEASURED
-    mean, deviation = present.mean(), present.std()
-    if len(present) == 1:
+        return none if len(values) else NOT_MEASURED
+    mean = present.mean()
+    if not math.isfinite(mean):
+        text = str(mean)
+    elif len(present) == 1:
         text = digits(mean, 4, of=mean)
-    elif deviation <= 1e-9 * abs(mean):
+    elif (deviation := present.std()) <= 1e-9 * abs(mean):
         text = f"{digits(mean, 4, of=mean)} ± 0"
     else:
         text = f"{digits(mean, 2, of=deviation)} ± {digits(deviation, 2, of=deviation)}"
@@ -76,8 +77,11 @@ def over(values: pd.Series) -> str:
 
 def digits(value: float, count: int, of: float) -> str:
     """The value, to the place where another one has so many significant digits."""
-    decimals = count - 1 - math.floor(math.log10(abs(of))) if of else count
-    return f"{value:.{min(max(decimals, 0), 8)}f}"
+    place = math.floor(math.log10(abs(of))) if of else 0
+    decimals = count - 1 - place
+    if decimals <= 7 or not value:
+        return f"{value:.{min(max(decimals, 0), 7)}f}"
+    return f"{value:.{max(math.floor(math.log10(abs(value))) + decimals, 0)}e}"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -87,18 +91,32 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def latex(table: pd.DataFrame) -> str:
-    text = table.to_latex(index=False, escape=True, column_format="ll" + "r" * (len(table.columns) - 2))
+    """The table with a head of two lines: what was measured, and below it the set."""
+    heads = [re.fullmatch(r"(\w+), (\w+)(.*)", name) or ("", "", name, "") for name in table]
+    aligned = "".join("rl"[name in ("run", "seeds", "layer")] for name in table)
+    table = table.set_axis(pd.MultiIndex.from_tuples([(head[1] + head[3], head[2]) for head in heads]), axis=1)
+    text = table.to_latex(index=False, escape=True, column_format=aligned, multicolumn_format="c")
     text = re.sub(r"(?<= )-(?=\d)", "$-$", text)
     return text.replace("±", r"$\pm$").replace("–", "--")
 
 
+def titled(groups: list[Group]) -> list[tuple[str, pd.DataFrame]]:
+    """The table of all runs and that of the layers of each group, with what they are; none without rows."""
+    found = [("Loss and accuracy", fits(groups))]
+    for group in groups:
+        found.append((f"{group.label}, epoch {group.last}, {group.seeds('mean ± sd of ')}", layers(group)))
+    return [(title, table) for title, table in found if len(table)]
+
+
 def write(groups: list[Group], folder: Path) -> None:
-    both = [table for table in (fits(groups), layers(groups)) if len(table)]
-    if not both:
-        raise ValueError(f"{groups[0].folders[0]} holds no finished epoch, of which there could be a table")
+    found = titled(groups)
+    if not found:
+        tables.refuse(f"{groups[0].folders[0]} holds no finished epoch, of which there could be a table")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(map(markdown, both)))
-    (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n" + "\n".join(map(latex, both)))
+    text = "\n".join(f"**{title}**\n\n{markdown(table)}" for title, table in found)
+    (folder / "table.md").write_text(text)
+    text = "\n".join(f"% {title}\n{latex(table)}" for title, table in found)
+    (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n\n" + text)
     print((folder / "table.md").read_text())
     print(folder / "table.md", folder / "table.tex", sep="\n")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import log
 from os.path import commonpath
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -16,19 +17,13 @@ import pandas as pd
 COLUMNS = {  # what is used
     "epochs": ["epoch", "set", "loss", "accuracy"],
     "nc1": ["epoch", "set", "layer", "nc1"],
-    "dib": ["epoch", "set", "split", "labeling", "entropy", "loss", "drop"],
+    "dib": ["epoch", "set", "split", "permutation", "labeling", "entropy", "loss", "drop"],
     "lr_range": ["step", "learning_rate", "loss", "smoothed", "chosen"],
 }
 WORDS = ("set", "layer", "split", "labeling")
-ELSEWHERE = (
-    "run_dir",
-    "data_dir",
-    "download",
-    "resume",
-    "device",
-    "torch",
-    "torchvision",
-)  # where and with what a run was
+KEYS = ("epoch", "step", "set", "layer", "split", "permutation", "labeling")  # of which no two rows have the same
+# How long, where and with what a run was made, which does not change what an epoch of it is.
+ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "torch", "torchvision")
 INPUT = "input"  # the split without encoder, measured once
 
 
@@ -36,8 +31,9 @@ INPUT = "input"  # the split without encoder, measured once
 class Group:
     """Runs that differ only in their seed, up to the last epoch that all of them have.
 
-    label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, and
-    information beside them; a measure that was switched off is an empty table. shown: the epochs compared by depth.
+    label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, splits called
+    layers too, and information beside them; a measure that was switched off is an empty table. shown: the epochs
+    compared by depth.
     """
 
     label: str
@@ -47,23 +43,16 @@ class Group:
     last: int
     shown: list[int]
 
-    @property
-    def mean(self) -> str:
-        """Which seeds a mean is of."""
-        count = len(self.folders)
-        return f"seed {self.hparams[0]['seed']}" if count == 1 else f"mean of {count} seeds"
-
-    @property
-    def seeds(self) -> str:
-        """Which seeds a mean and its standard deviation are of."""
-        return self.mean.replace("mean", "mean ± sd")
+    def seeds(self, figure: str = "") -> str:
+        """The seed; for several, which figure of how many."""
+        return f"{figure}{len(self.folders)} seeds" if len(self.folders) > 1 else f"seed {self.hparams[0]['seed']}"
 
     @property
     def layers(self) -> list[str]:
         """All layers in order of depth, those at which DIB splits the network but NC1 is not measured among them."""
         names = list(self.tables["nc1"]["layer"].unique())
         before = None
-        for split in self.tables["dib"]["split"].unique():
+        for split in self.tables["dib"]["layer"].unique():
             if split not in (INPUT, *names):
                 names.insert(names.index(before) + 1 if before in names else 0, split)
             before = split
@@ -88,10 +77,7 @@ def newest(runs: Path = Path("runs")) -> Path:
 
 
 def script(description: str, write: Callable[[list[Group], Path], None], arguments: list[str] | None = None) -> None:
-    """Run a script: write the groups of the runs that the arguments name into a folder.
-
-    What cannot be used is said in one line, with exit status 2.
-    """
+    """Run a script: write the groups of the runs that the arguments name into a folder."""
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="*", type=Path, help="the folders of the runs (the newest under runs/)")
     parser.add_argument(
@@ -101,11 +87,20 @@ def script(description: str, write: Callable[[list[Group], Path], None], argumen
     options = parser.parse_args(arguments)
     try:
         runs = options.runs or [newest()]
-        own = runs[0] if len(runs) == 1 else Path(commonpath([run.resolve().parent for run in runs]))
-        write(groups(runs, options.epochs), options.out or own)
+        found = groups(runs, options.epochs)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+    own = runs[0] if len(runs) == 1 else Path(commonpath([run.resolve().parent for run in runs]))
+    try:
+        write(found, options.out or own)
+    except OSError as error:
+        refuse(error)
+
+
+def refuse(reason: object) -> NoReturn:
+    """Say in one line what cannot be used, with exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
@@ -148,9 +143,18 @@ def read_hparams(folder: Path) -> dict:
 
 
 def settings(hparams: dict) -> dict:
-    """The flags that make a run what it is, but for its seed; a rate that a range test found follows from them."""
+    """The flags that make a run what it is, but for its seed and those that are off.
+
+    A flag that is off is none, as in runs of versions that did not have it; a rate that a range test found follows
+    from the others.
+    """
     found = ("learning_rate",) if hparams.get("tune") else ()
-    return {name: value for name, value in hparams.items() if name not in ("seed", *ELSEWHERE, *found)}
+    beside = ("seed", *ELSEWHERE, *found)
+    return {
+        name: value
+        for name, value in hparams.items()
+        if name not in beside and value is not None and value is not False
+    }
 
 
 def label(flags: dict, others: list[dict], folder: Path) -> str:
@@ -160,7 +164,7 @@ def label(flags: dict, others: list[dict], folder: Path) -> str:
     differing = ", ".join(f"{name} {text(flags[name])}" for name in names)
     start = f"{flags['model']} on {flags['data']}"
     if len(differing) > 60:
-        return f"{start}: {folder.name}"
+        return f"{start}: {folder}"
     return f"{start}, {differing}" if differing else start
 
 
@@ -171,18 +175,30 @@ def text(value: object) -> str:
 
 def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
     folders, hparams, tables = zip(*runs, strict=True)
-    lasts = [0 if its["epochs"].empty else its["epochs"]["epoch"].max() for its in tables]
+    lasts = [finished(its) for its in tables]
     last = min(lasts)
     if last < max(lasts):
         label += f", up to epoch {last}"
     joined = {}
     for name in COLUMNS:
-        joined[name] = pd.concat([t[name].assign(seed=h["seed"]) for t, h in zip(tables, hparams, strict=True)])
+        each = [its[name].assign(seed=flags["seed"]) for its, flags in zip(tables, hparams, strict=True)]
+        joined[name] = pd.concat(each, ignore_index=True)
         if name != "lr_range":
-            joined[name] = joined[name][joined[name]["epoch"] <= last]
+            joined[name] = joined[name][joined[name]["epoch"] <= last].rename(columns={"split": "layer"})
     joined["information"] = information(joined["dib"])
     shown = [epoch for epoch in epochs or spaced(last, 4) if epoch <= last]
     return Group(label, list(folders), list(hparams), joined, last, shown)
+
+
+def finished(tables: dict[str, pd.DataFrame]) -> int:
+    """The last epoch that has all its rows: a run that goes on, or was killed, has some of the next one."""
+    dib = tables["dib"]
+    lasts = []
+    for table in (tables["epochs"], tables["nc1"], dib[dib["split"] != INPUT]):
+        rows = table.groupby("epoch").size()
+        if len(rows):  # else it was not measured
+            lasts.append(int(rows.index[rows == rows.max()].max()))
+    return min(lasts, default=0)
 
 
 def spaced(last: int, count: int) -> list[int]:
@@ -232,16 +248,22 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
         if bad.any():
             line = int(bad.argmax())
             raise ValueError(f"{path}, line {line + 2}: {column} is {texts[line]!r}, expected {expected}")
+    keys = [column for column in columns if column in KEYS]
+    again = table.duplicated(keys)
+    if again.any():
+        line = int(again.argmax())
+        row = ", ".join(f"{key} {table[key][line]}" for key in keys)
+        raise ValueError(f"{path}, line {line + 2}: {row} is there twice")
     return table
 
 
 def information(dib: pd.DataFrame) -> pd.DataFrame:
-    """Minimality and sufficiency in bits of every seed, epoch, set and split, splits in order of depth.
+    """Minimality and sufficiency in bits of every seed, epoch, set and split (layer), in order of depth.
 
     Minimality: the mean over all labelings of all enumerations of entropy - loss; sufficiency: that of the labels.
     """
     bits = dib.assign(bits=(dib["entropy"] - dib["loss"]) / log(2))
-    keys = ["seed", "epoch", "set", "split"]
+    keys = ["seed", "epoch", "set", "layer"]
     original = bits["labeling"] == "y"
     minimality = bits[~original].groupby(keys, sort=False)["bits"].mean()
     sufficiency = bits[original].groupby(keys, sort=False)["bits"].mean()
@@ -249,12 +271,12 @@ def information(dib: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str], value: str, log: bool = False) -> pd.DataFrame:
-    """Mean and standard deviation (n - 1; 0 for one seed) of a value over the seeds that have it, by the keys.
+    """Mean and standard deviation (n - 1; 0 for one seed) of a value by the keys, over seeds that have a finite one.
 
     Columns mean, low and high (a standard deviation below and above) and count, the number of those seeds. log: mean
     and deviation are those of the logarithm, for positive values on a log axis (a geometric mean).
     """
-    values = table[value].astype(float)
+    values = table[value].astype(float).replace([np.inf, -np.inf], np.nan)
     if log:
         values = np.log(values.where(values > 0))
     over = table.assign(value=values).groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()

@@ -1,12 +1,15 @@
+import re
 from itertools import combinations, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
 from analysis import gallery, style
+from analysis.figures import line as line_of_best_fit
 from analysis.tables import groups
 from tests.toys import measured
 
@@ -112,13 +115,44 @@ def test_depth_says_the_factor_and_the_correlation(tmp_path):
     assert fitted[0].get_ydata().tolist() == pytest.approx([50, 25, 12.5])
 
 
+def test_depth_is_fitted_to_each_seed(tmp_path):
+    """One seed halves from layer to layer, the other quarters: 0.35 is their geometric mean, 0.18 their deviation."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, epochs=1) for seed in range(2)]
+    rows = [f"1,{each},hidden{k},8,1,{0.25**k}" for each in ("train", "test") for k in (1, 2, 3)]
+    (runs[1] / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1\n" + "\n".join(rows) + "\n")
+    figure = gallery.figure("depth", groups(runs))
+    assert texts(figure) == ["epoch 1\n  train ×0.35 ± 0.18, -1.00\n  test ×0.35 ± 0.18, -1.00"]
+    fitted = [line for line in axes(figure)[0].lines if line.get_linestyle() == "--"]
+    assert fitted[0].get_ydata().tolist() == pytest.approx([(100 * 0.125**k) ** 0.5 for k in (1, 2, 3)])
+
+
+def test_depth_where_nothing_changes_has_no_correlation():
+    slope, start, correlation = line_of_best_fit(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
+    assert (slope, start) == pytest.approx((0, 2), abs=1e-12)
+    assert np.isnan(correlation)
+
+
+def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
+    runs = [
+        measured(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)
+        for name, seed, epochs, data in (("a", 0, 2, "SZT"), ("b", 1, 9, "SZT"), ("c", 2, 30, "MNIST"))
+    ]
+    (runs[1] / "hparams.json").write_text((runs[1] / "hparams.json").read_text().replace("{", '{"widths": [9], '))
+    for name in ("information", "plane"):
+        views = [(axis.get_ylim(), axis.get_xlim()) for axis in axes(gallery.figure(name, groups(runs)), 99)]
+        strip = len(views) // 3
+        assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]]
+        assert views[0][0] != views[-1][0]
+        assert (views[0][1] == views[strip][1]) == (name == "plane")
+
+
 def test_an_nc1_that_is_not_there_is_a_gap_and_is_said(tmp_path):
     runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
     path = runs[0] / "nc1.csv"
     path.write_text(path.read_text().replace("1,train,hidden2,8,1,25.0", "1,train,hidden2,8,0,nan"))
-    assert texts(gallery.figure("nc1", groups(runs))) == ["hidden1", "hidden2 (from 1)", "hidden3"]
+    assert texts(gallery.figure("nc1", groups(runs))) == ["hidden1", "hidden2 (1 to 2 seeds)", "hidden3"]
     alone = gallery.figure("nc1", groups(runs[:1]))
-    y = line(axes(alone)[0], "hidden2 (from 0)").get_ydata()
+    y = line(axes(alone)[0], "hidden2").get_ydata()
     assert np.isnan(y).tolist() == [True, False, False]
     assert texts(gallery.figure("depth", groups(runs[:1])))[0] == "epoch 1\n  test ×0.50, -1.00"  # two layers: no line
 
@@ -131,6 +165,15 @@ def test_gaps_are_those_of_each_epoch(tmp_path):
     assert tracks[0].get_ydata().tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
     ends = [line for line in axes(figure)[0].lines if line.get_label() == "hidden3"]
     assert ends[0].get_xydata().tolist() == [pytest.approx([12.5 / 6, 0.5 / 3])]
+
+
+def test_seeds_end_around_their_mean(tmp_path):
+    """Loss is (1 + seed) / 3, on the test set 0.5 / 3 more for both seeds; the gap of NC1 grows with the seed."""
+    figure = gallery.figure("gap", groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
+    (small,) = [line for line in axes(figure)[0].lines if line.get_markersize() == 2.5 and line.get_marker() == "o"]
+    assert small.get_xdata().tolist() == pytest.approx([25 / 3, 25])
+    assert small.get_ydata().tolist() == pytest.approx([0.5 / 3] * 2)
+    assert line(axes(figure)[0], "hidden1").get_xdata().tolist() == pytest.approx([50 / 3])
 
 
 def test_the_arrow_of_time_points_from_early_to_late(tmp_path):
@@ -148,18 +191,57 @@ def test_lines_of_an_epoch_join_the_layers_behind_the_input(tmp_path):
     assert not gallery.KINDS["plane_by_epoch"].has(groups([measured(tmp_path / "b", LAYERS, data="MNIST")])[0])
 
 
-def test_a_layer_has_one_colour_in_every_figure(tmp_path):
-    """Also where DIB splits at some of the layers alone."""
+def test_a_layer_has_one_colour_and_marker_in_every_figure(tmp_path):
+    """Also where DIB splits at some of the layers alone; epochs have other colours."""
     run = measured(tmp_path / "run", DEEP)
     kept = [row for row in (run / "dib.csv").read_text().splitlines() if "block" not in row or "block9," in row]
     (run / "dib.csv").write_text("\n".join(kept) + "\n")
     found = groups([run])
-    colours = {
-        to_rgb(line(axis, "block9").get_color())
+    lines = [
+        line(axis, "block9")
         for name in ("nc1", "information", "plane", "gap", "drop")
         for axis in axes(gallery.figure(name, found), 2)
-    }
-    assert len(colours) == 1
+    ]
+    assert len({(to_rgb(one.get_color()), one.get_marker()) for one in lines}) == 1
+    figure = gallery.figure("plane_by_epoch", found)
+    shown = dict(zip(texts(figure), legend(figure).legend_handles, strict=True))
+    marker = plt.matplotlib.markers.MarkerStyle(lines[0].get_marker())
+    path = marker.get_path().transformed(marker.get_transform())
+    assert np.array_equal(shown["block9"].get_paths()[0].vertices, path.vertices)
+    assert not np.allclose(style.of_epoch(1, 9)[:3], to_rgb(lines[0].get_color()))
+
+
+def test_every_layer_of_a_deep_network_is_in_the_plane_by_epoch(tmp_path):
+    figure = gallery.figure("plane_by_epoch", groups([measured(tmp_path / "run", DEEP)]))
+    assert texts(figure) == ["input", *DEEP]
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        *(("nc1", name) for name in ("nc1", "depth", "gap")),
+        *(("epochs", name) for name in ("training", "gap")),
+        *(("dib", name) for name in ("information", "plane", "plane_by_epoch", "gap", "drop")),
+    ],
+)
+def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
+    """A layer without NC1 throughout (a dead one), a test loss that overflowed, labelings that were not measured."""
+    run = measured(tmp_path / "run", LAYERS)
+    text = (run / f"{table}.csv").read_text()
+    if table == "nc1":
+        text = re.sub(r"(hidden3,8),1,.*", r"\1,0,nan", text)
+    elif table == "epochs":
+        text = re.sub(r"(\d,test),[^,]*", r"\1,inf", text)
+    else:
+        text = "".join(row for row in text.splitlines(True) if not re.search(r",0,[01],", row))
+    (run / f"{table}.csv").write_text(text)
+    gallery.figure(name, groups([run])).canvas.draw()
+
+
+def test_names_from_outside_are_no_formulas(tmp_path):
+    runs = [measured(tmp_path / name, LAYERS, widths=[name] * 40) for name in ("$a", "$b$")]
+    for name in ("training", "nc1"):
+        gallery.figure(name, groups(runs)).canvas.draw()
 
 
 def test_colours_are_told_apart_in_grey_and_on_paper():
@@ -167,6 +249,9 @@ def test_colours_are_told_apart_in_grey_and_on_paper():
     grey = [luminance(look["color"]) for look in looks]
     assert all(a < b for a, b in pairwise(grey))
     assert grey[-1] < 0.7
+    epochs = [luminance(colour[:3]) for colour in style.of_epoch(np.array([1, 5, 22, 100]), 100)]
+    assert all(a + 0.1 < b for a, b in pairwise(epochs))
+    assert epochs[-1] < 0.7
     assert len({(look["marker"], round(g, 1)) for look, g in zip(looks, grey, strict=True)}) == len(DEEP)
 
 

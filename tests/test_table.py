@@ -1,3 +1,5 @@
+import re
+
 import pandas as pd
 import pytest
 
@@ -6,6 +8,7 @@ from analysis.tables import groups
 from tests.toys import measured
 
 LAYERS = ["hidden1", "hidden2"]
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -15,19 +18,24 @@ LAYERS = ["hidden1", "hidden2"]
         ([12345.6], "12346"),
         ([0.00012345], "0.0001234"),
         ([-0.5], "-0.5000"),
-        ([0.0], "0.0000"),
+        ([0.0], "0.000"),
+        ([1.234e-10], "1.234e-10"),
         ([1.0, 2.0, 6.0], "3.0 ± 2.6"),
         ([0.4214, 0.4216], "0.42150 ± 0.00014"),
         ([100.0, 300.0], "200 ± 141"),
+        ([1e-9, 3e-9], "2.0e-09 ± 1.4e-09"),
+        ([0.5, 0.500000002], "5.000000010e-01 ± 1.4e-09"),
         ([99.39] * 5, "99.39 ± 0"),
         ([], "–"),
-        ([float("nan")], "rank 0"),
-        ([0.5, float("nan")], "0.5000 (1 of 2)"),
-        ([1.0, 2.0, 6.0, float("nan")], "3.0 ± 2.6 (3 of 4)"),
+        ([NAN], "rank 0"),
+        ([0.5, NAN], "0.5000 (1 of 2)"),
+        ([1.0, 2.0, 6.0, NAN], "3.0 ± 2.6 (3 of 4)"),
+        ([INF], "inf"),
+        ([1.0, INF], "inf"),
     ],
 )
 def test_mean_and_deviation_in_digits(values, expected):
-    assert table.over(pd.Series(values, dtype=float)) == expected
+    assert table.cell(pd.Series(values, dtype=float), none="rank 0") == expected
 
 
 def test_a_row_for_each_run_and_one_for_the_mean(tmp_path):
@@ -42,7 +50,8 @@ def test_a_row_for_each_run_and_one_for_the_mean(tmp_path):
 
 def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
     """NC1 is 100 / 2 / 3 and 100 / 4 / 3; decoders tell 0.3 nats, 0.1 from the input, and 0.2 more of the class."""
-    layers = table.layers(groups([measured(tmp_path / "run", LAYERS)]))
+    (group,) = groups([measured(tmp_path / "run", LAYERS)])
+    layers = table.layers(group)
     assert layers["layer"].tolist() == ["input", *LAYERS]
     assert layers["NC1, train"].tolist() == ["–", "16.67", "8.333"]
     assert layers["NC1, test"].tolist() == ["–", "25.00", "12.50"]
@@ -50,7 +59,16 @@ def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
     assert layers["sufficiency, test (bits)"].tolist() == ["0.4328", "0.7213", "0.7213"]
 
 
-def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path):
+def test_a_dead_layer_and_a_lost_loss_are_said(tmp_path):
+    run = measured(tmp_path / "run", LAYERS)
+    (run / "nc1.csv").write_text(re.sub(r"(3,train,hidden2,8),1,.*", r"\1,0,nan", (run / "nc1.csv").read_text()))
+    (run / "epochs.csv").write_text(re.sub(r"(3,test),[^,]*", r"\1,nan", (run / "epochs.csv").read_text()))
+    (group,) = groups([run])
+    assert table.layers(group)["NC1, train"].tolist() == ["–", "16.67", "rank 0"]
+    assert table.fits([group])["loss, test (nats)"].tolist() == ["nan"]
+
+
+def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path, capsys):
     run = measured(tmp_path / "run", LAYERS)
 
     def empty(name):
@@ -58,40 +76,50 @@ def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path):
         path.write_text(path.read_text().splitlines()[0] + "\n")
 
     empty("dib")
-    assert table.layers(groups([run])).iloc[0].tolist() == [
-        "MLP on SZT",
-        "seed 0",
-        "hidden1",
-        "16.67",
-        "25.00",
-        *"––––",
-    ]
+    assert table.layers(*groups([run])).iloc[0].tolist() == ["hidden1", "16.67", "25.00", *"––––"]
     empty("nc1")
     table.write(groups([run]), run)
     assert (run / "table.tex").read_text().count("tabular") == 2  # begin and end of one
     empty("epochs")
     (run / "lr_range.csv").write_text("step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n")
-    with pytest.raises(ValueError, match="run holds no finished epoch"):
+    with pytest.raises(SystemExit):
         table.write(groups([run]), run)
+    assert "run holds no finished epoch" in capsys.readouterr().err
 
 
-def test_markdown_and_latex(tmp_path, capsys):
+@pytest.fixture
+def written(tmp_path):
     runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
     runs.append(measured(tmp_path / "other", LAYERS, nonlinearity="a|b_c&"))
     table.write(groups(runs), tmp_path / "out")
-    markdown, latex = (tmp_path / "out" / "table.md").read_text(), (tmp_path / "out" / "table.tex").read_text()
-    first, second = markdown.split("\n\n")
-    for part in (first, second):
-        lines = part.splitlines()
+    return tmp_path / "out"
+
+
+def test_markdown(written, capsys):
+    text = (written / "table.md").read_text()
+    _, *blocks = text.split("**")
+    assert blocks[::2] == [
+        "Loss and accuracy",
+        "MLP on SZT, epoch 3, mean ± sd of 2 seeds",
+        "MLP on SZT, nonlinearity a|b_c&, epoch 3, seed 0",
+    ]
+    for block in blocks[1::2]:
+        lines = block.strip().splitlines()
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
-        assert set(lines[1]) <= set("|- ")
-    assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in first
-    assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in first
-    assert markdown in capsys.readouterr().out
-    assert latex.count(r"\toprule") == latex.count(r"\midrule") == latex.count(r"\bottomrule") == 2
-    assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in latex
-    assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in latex
-    assert r"input & -- & -- &" in latex
-    assert (
-        table.latex(pd.DataFrame({"a-1": ["x-1"], "b": ["-0.5 ± 0.1"]})).splitlines()[4] == r"x-1 & $-$0.5 $\pm$ 0.1 \\"
-    )
+        assert set(lines[1]) == set("|- ")
+    assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in blocks[1]
+    assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in blocks[1]
+
+
+def test_latex(written):
+    text = (written / "table.tex").read_text()
+    assert text.startswith("% needs \\usepackage{booktabs}\n")
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 3
+    assert r"\multicolumn{3}{c}{} & \multicolumn{2}{c}{loss (nats)} & \multicolumn{2}{c}{accuracy (\%)} \\" in text
+    assert r" & \multicolumn{2}{c}{NC1} & \multicolumn{2}{c}{minimality (bits)} &" in text
+    assert r"layer & train & test & train & test & train & test \\" in text
+    assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in text
+    assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in text
+    assert r"input & -- & -- &" in text
+    negative = table.latex(pd.DataFrame({"layer": ["x-1"], "NC1, train": ["-0.5 ± 0.1"]}))
+    assert r"x-1 & $-$0.5 $\pm$ 0.1 \\" in negative

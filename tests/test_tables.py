@@ -1,4 +1,3 @@
-import json
 import os
 import re
 from math import log, sqrt
@@ -35,9 +34,12 @@ def folder(tmp_path):
 def test_information_by_hand(folder):
     """Minimality: the mean of entropy - loss over the digits; sufficiency: that of y; both in bits."""
     (folder / "dib.csv").write_text(DIB)
+    for name in ("epochs", "nc1"):  # as far as those of DIB
+        text = (folder / f"{name}.csv").read_text()
+        (folder / f"{name}.csv").write_text("".join(row for row in text.splitlines(True) if not row.startswith("3,")))
     (group,) = tables.groups([folder])
     info = group.tables["information"]
-    assert info[["seed", "epoch", "split"]].values.tolist() == [[0, 1, "input"], [0, 1, "hidden1"], [0, 2, "hidden1"]]
+    assert info[["seed", "epoch", "layer"]].values.tolist() == [[0, 1, "input"], [0, 1, "hidden1"], [0, 2, "hidden1"]]
     assert (info["minimality"] * log(2)).tolist() == pytest.approx([0.49 / 2, (0.39 + 0.1) / 2, 0.19 / 2])
     assert (info["sufficiency"] * log(2)).tolist() == pytest.approx([0.59, 0.49, 0.59])
 
@@ -64,7 +66,7 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     cnn = measured(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
     found = tables.groups([runs[0], other, runs[1], cnn])
     assert [group.folders for group in found] == [runs, [other], [cnn]]
-    assert [group.seeds for group in found] == ["mean ± sd of 2 seeds", "seed 1", "seed 0"]
+    assert [group.seeds("mean of ") for group in found] == ["mean of 2 seeds", "seed 1", "seed 0"]
     assert found[0].tables["nc1"]["seed"].unique().tolist() == [3, 1]
     assert len(found[0].tables["information"]) == 2 * 2 * (1 + 3 * 2)
     assert found[1].label == "MLP on SZT, widths 3 2, nonlinearity Tanh"
@@ -78,18 +80,47 @@ def test_a_rate_that_was_found_does_not_set_runs_apart(tmp_path):
 
 def test_seeds_are_compared_up_to_the_last_epoch_of_all(tmp_path):
     runs = [measured(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
-    for run in runs:  # as the flags of two runs of which one was ended
-        (run / "hparams.json").write_text(json.dumps({"model": "MLP", "data": "SZT", "seed": int(run.name[1:])}))
     (group,) = tables.groups(runs)
-    assert group.label == "MLP on SZT, up to epoch 2"
+    assert (group.label, group.last) == ("MLP on SZT, up to epoch 2", 2)
     assert {name: table["epoch"].max() for name, table in group.tables.items() if name != "lr_range"} == dict.fromkeys(
         ("epochs", "nc1", "dib", "information"), 2
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [("epochs", "3,test,"), ("nc1", "3,test,hidden2,"), ("dib", "3,train,hidden1,0,1,"), ("nc1", "3,"), ("dib", "3,")],
+)
+def test_an_epoch_that_lacks_rows_is_not_finished(tmp_path, table, rows):
+    """As of a run that goes on, or was killed: the rows of an epoch are appended to one table after another."""
+    run = measured(tmp_path / "run", LAYERS)
+    lines = (run / f"{table}.csv").read_text().splitlines(True)
+    (run / f"{table}.csv").write_text("".join(line for line in lines if not line.startswith(rows)))
+    (group,) = tables.groups([run])
+    assert group.last == 2
+    assert {group.tables[name]["epoch"].max() for name in ("epochs", "nc1", "dib", "information")} == {2}
+
+
+def test_a_flag_that_is_off_is_as_one_that_an_older_version_did_not_have(tmp_path):
+    old, new = (measured(tmp_path / f"s{seed}", LAYERS, seed, **flags) for seed, flags in enumerate([{}, OFF]))
+    assert [group.label for group in tables.groups([old, new])] == ["MLP on SZT"]
+    on = measured(tmp_path / "on", LAYERS, deterministic=True)
+    assert [group.label for group in tables.groups([old, on])] == ["MLP on SZT", "MLP on SZT, deterministic True"]
+
+
+OFF = {"deterministic": False, "tune": None}
+
+
+def test_a_row_that_is_there_twice_is_named(folder):
+    path = folder / "nc1.csv"
+    path.write_text(path.read_text() + "2,test,hidden1,8,1,5.0\n")
+    with pytest.raises(ValueError, match=r"nc1.csv, line 14: epoch 2, set test, layer hidden1 is there twice"):
+        tables.groups([folder])
+
+
 def test_many_flags_that_differ_are_named_by_the_folder(tmp_path):
     runs = [measured(tmp_path / name, LAYERS, splits=[name] * 40) for name in ("a", "b")]
-    assert [group.label for group in tables.groups(runs)] == ["MLP on SZT: a", "MLP on SZT: b"]
+    assert [group.label for group in tables.groups(runs)] == [f"MLP on SZT: {run}" for run in runs]
 
 
 def test_layers_in_order_of_depth_also_those_of_dib_alone(tmp_path):
@@ -107,7 +138,7 @@ def test_epochs_are_spaced_evenly_on_a_log_scale(last, count, expected):
 
 
 def test_epochs_to_show_are_those_asked_for(tmp_path):
-    runs = [measured(tmp_path / f"e{epochs}", LAYERS, epochs=epochs) for epochs in (2, 5)]
+    runs = [measured(tmp_path / f"e{epochs}", LAYERS, epochs=epochs, batch_size=epochs) for epochs in (2, 5)]
     assert [group.shown for group in tables.groups(runs, [1, 4])] == [[1], [1, 4]]
     for epoch in (0, 6):
         with pytest.raises(ValueError, match=f"epoch {epoch} cannot be shown: expected 1 to 5, the last epoch"):
@@ -145,11 +176,20 @@ def test_where_a_script_writes_to(tmp_path, monkeypatch, arguments, expected):
 
 
 def test_a_script_says_in_one_line_what_it_cannot_use(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tables.script("A test.", None, [str(tmp_path)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("does not hold the flags of a run: No such file or directory")
+    def write(groups, folder):
+        folder.mkdir()
+
+    run = measured(tmp_path / "run", LAYERS)
+    for arguments, reason in (
+        ([str(tmp_path)], "hparams.json does not hold the flags of a run: No such file or directory"),
+        ([str(run)], f"File exists: '{run}'"),  # what cannot be written
+        ([str(run), "--epochs", "4"], "epoch 4 cannot be shown: expected 1 to 3, the last epoch that was measured"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            tables.script("A test.", write, arguments)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(reason)
 
 
 def test_newest_run(tmp_path):
