@@ -299,7 +299,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "status"), [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)])
 def test_signals_stop_the_run_and_say_how_to_go_on(tmp_path, name, status):
     flags = ["--epochs", "20"]
     process = start(tmp_path / "run", *flags)

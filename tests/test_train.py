@@ -112,7 +112,9 @@ def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, 
     check_run(monkeypatch, tmp_path / "run", model, "cpu", precision, "--epochs", "1", "--no-compile")
 
 
-@pytest.mark.parametrize("model", models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m == "ConvNeXt")) for m in models.ARCHITECTURES]
+)
 def test_two_epochs_on_grey_images(tmp_path, pictures, model):
     tables = run(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
     assert tables["nc1.csv"]["layer"].nunique() == len(models.taps(models.build(model, (1, 28, 28), 10))) - 3 * (
