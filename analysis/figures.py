@@ -12,11 +12,10 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
-from analysis.tables import INPUT, Group, over_seeds, spaced
+from analysis.tables import INPUT, MEAN_SD, Group, over_seeds, spaced
 
 NC1 = r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit"
 MEASURES = ("minimality", "sufficiency")
-MEAN_SD = "mean ± sd of "
 SETTLED = 1e-3  # bits: where the axis of drop turns from linear to logarithmic
 
 
@@ -144,7 +143,7 @@ def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str
     means = over_seeds(nc1, ["depth"], "nc1", log=True).dropna()
     spread = [means["mean"] - means["low"], means["high"] - means["mean"]]
     axis.errorbar(means["depth"], means["mean"], spread, linestyle="", elinewidth=1, **look)
-    fits = [line(its["depth"], np.log(its["nc1"])) for _, its in nc1[nc1["nc1"] > 0].groupby("seed") if len(its) > 2]
+    fits = [fit(its["depth"], np.log(its["nc1"])) for _, its in nc1[nc1["nc1"] > 0].groupby("seed") if len(its) > 2]
     if not fits:
         return []
     slopes, starts, correlations = np.transpose(fits)
@@ -154,7 +153,7 @@ def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str
     return [f"  {each} ×{np.exp(slopes.mean()):.2f}{spread}, {correlations.mean():.2f}"]
 
 
-def line(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
+def fit(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
     """Slope, intercept and correlation of the least-squares line; the correlation is NaN where y is constant."""
     slope, start = np.polyfit(x, y, 1)
     return slope, start, slope * x.std() / (y.std() or np.nan)
@@ -177,10 +176,11 @@ def draw_information(fig: Figure, groups: list[Group]) -> None:
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharex=True, sharey=True)[0]
+        looks = style.colours(group.layers) | {INPUT: style.INPUT}
         for each, axis in zip(group.sets, axes, strict=True):
             points = group.of("information", each).rename(columns={"minimality": "x", "sufficiency": "y"})
             for layer, its in points.groupby("layer", sort=False):
-                track(axis, its, layer, style.colours(group.layers).get(layer, style.INPUT))
+                track(axis, its, layer, looks[layer])
             axis.set_xlabel("minimality (bits)")
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes[0].set_ylabel("sufficiency (bits)")

@@ -21,7 +21,7 @@ def fits(groups: list[Group]) -> pd.DataFrame:
         table = table[table["epoch"] == group.last].assign(accuracy=100 * table["accuracy"])
         parts = [(f"seed {its['seed']}", table[table["seed"] == its["seed"]]) for its in group.hparams]
         if len(parts) > 1:
-            parts.append((group.seeds("mean ± sd of "), table))
+            parts.append((group.seeds(tables.MEAN_SD), table))
         for name, part in parts if group.last else []:
             row = {"run": group.label, "seeds": name, "epochs": str(group.last)}
             for value, unit in (("loss", "nats"), ("accuracy", "%")):
@@ -104,7 +104,7 @@ def titled(groups: list[Group]) -> list[tuple[str, pd.DataFrame]]:
     """The table of all runs and that of the layers of each group, with what they are; none without rows."""
     found = [("Loss and accuracy", fits(groups))]
     for group in groups:
-        found.append((f"{group.label}, epoch {group.last}, {group.seeds('mean ± sd of ')}", layers(group)))
+        found.append((f"{group.label}, epoch {group.last}, {group.seeds(tables.MEAN_SD)}", layers(group)))
     return [(title, table) for title, table in found if len(table)]
 
 

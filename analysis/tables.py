@@ -25,6 +25,7 @@ KEYS = ("epoch", "step", "set", "layer", "split", "permutation", "labeling")  # 
 # How long, where and with what a run was made, which does not change what an epoch of it is.
 ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "torch", "torchvision")
 INPUT = "input"  # the split without encoder, measured once
+MEAN_SD = "mean ± sd of "
 
 
 @dataclass
@@ -43,9 +44,9 @@ class Group:
     last: int
     shown: list[int]
 
-    def seeds(self, figure: str = "") -> str:
-        """The seed; for several, which figure of how many."""
-        return f"{figure}{len(self.folders)} seeds" if len(self.folders) > 1 else f"seed {self.hparams[0]['seed']}"
+    def seeds(self, of: str = "") -> str:
+        """The seed; for several, what of how many."""
+        return f"{of}{len(self.folders)} seeds" if len(self.folders) > 1 else f"seed {self.hparams[0]['seed']}"
 
     @property
     def layers(self) -> list[str]:

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
 from analysis import gallery, style
-from analysis.figures import line as line_of_best_fit
+from analysis.figures import fit
 from analysis.tables import groups
 from tests.toys import measured
 
@@ -127,7 +127,7 @@ def test_depth_is_fitted_to_each_seed(tmp_path):
 
 
 def test_depth_where_nothing_changes_has_no_correlation():
-    slope, start, correlation = line_of_best_fit(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
+    slope, start, correlation = fit(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
     assert (slope, start) == pytest.approx((0, 2), abs=1e-12)
     assert np.isnan(correlation)
 
