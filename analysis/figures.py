@@ -271,6 +271,7 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
                 if layer in values.index.get_level_values(0):
                     points = pd.DataFrame({"x": values.loc[layer], "y": loss})
                     track(axis, points.reset_index(), layer, look)
+            axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             size = values.abs()
             if size.max() > 100 * size.median() > 0:  # it spans decades, to both sides of 0
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))

@@ -258,6 +258,9 @@ def test_colours_are_told_apart_in_grey_and_on_paper():
 @pytest.mark.parametrize("name", [name for name in gallery.KINDS if name != "lr_range"])
 def test_no_text_of_nineteen_layers_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name):
     run = measured(tmp_path / "run", DEEP, data="SZT" if name == "plane_by_epoch" else "CIFAR10", epochs=12)
+    dib = pd.read_csv(run / "dib.csv")  # with gaps of minimality of up to 0.015 bits, whose ticks are long
+    dib["loss"] += np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.011, 0)
+    dib.to_csv(run / "dib.csv", index=False)
     figure = gallery.figure(name, groups([run]))
     drawn, draw = [], Text.draw
     monkeypatch.setattr(Text, "draw", lambda self, renderer: (drawn.append(self), draw(self, renderer)))
