@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
 from analysis.tables import INPUT, MEAN_SD, Group, over_seeds, spaced
@@ -114,7 +114,7 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
         layer_curves(axes, over_seeds(table, ["layer", "set", "epoch"], "nc1", log=True), group)
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
-        style.legend(part, axes[0], f"layer\n{group.seeds(MEAN_SD)}")
+        style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nlayer")
     same_scale(fig, groups, "y")
 
 
@@ -134,16 +134,17 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
             axis.set_xticks(range(1, len(layers) + 1), layers, rotation=0 if len(layers) <= 4 else 90)
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
-        style.legend(part, axes[0], f"change per layer,\ncorrelation\n{group.seeds(MEAN_SD)}")
+        style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nchange per layer,\ncorrelation")
     same_scale(fig, groups, "y")
 
 
 def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str]:
     """NC1 of one epoch by depth, and the mean of the lines fitted to the seeds, which is said if there are any."""
     means = over_seeds(nc1, ["depth"], "nc1", log=True).dropna()
-    spread = [means["mean"] - means["low"], means["high"] - means["mean"]]
-    axis.errorbar(means["depth"], means["mean"], spread, linestyle="", elinewidth=1, **look)
-    fits = [fit(its["depth"], np.log(its["nc1"])) for _, its in nc1[nc1["nc1"] > 0].groupby("seed") if len(its) > 2]
+    bars = [means["mean"] - means["low"], means["high"] - means["mean"]]
+    axis.errorbar(means["depth"], means["mean"], bars, linestyle="", elinewidth=1, **look)
+    usable = nc1[nc1["nc1"].between(0, np.inf, inclusive="neither")]
+    fits = [fit(its["depth"], np.log(its["nc1"])) for _, its in usable.groupby("seed") if len(its) > 2]
     if not fits:
         return []
     slopes, starts, correlations = np.transpose(fits)
@@ -169,7 +170,7 @@ def draw_information(fig: Figure, groups: list[Group]) -> None:
                 for axis in pair:
                     axis.axhline(0, color="0.4", linewidth=0.8)
             pair[0].set_ylabel(f"{measure} (bits)")
-        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds(MEAN_SD)}")
+        style.legend(part, axes[0, 0], f"{group.seeds(MEAN_SD)}\nencoder up to")
     same_scale(fig, groups, "y")
 
 
@@ -182,9 +183,9 @@ def draw_plane(fig: Figure, groups: list[Group]) -> None:
             for layer, its in points.groupby("layer", sort=False):
                 track(axis, its, layer, looks[layer])
             axis.set_xlabel("minimality (bits)")
-            axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            style.few(axis)
         axes[0].set_ylabel("sufficiency (bits)")
-        style.legend(part, axes[0], f"encoder up to\n{group.seeds('mean of ')}")
+        style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
 
 
@@ -230,9 +231,10 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
                 axis.scatter(its["minimality"], its["sufficiency"], c=colours, marker=marker, s=16)
                 axis.scatter([], [], color="black", marker=marker, s=16, label=layer)
             axis.set_xlabel("minimality (bits)")
+            style.few(axis)
         axes[0].set_ylabel("sufficiency (bits)")
         colour_bar(part, axes, group.last)
-        style.legend(part, axes[0], f"encoder up to\n{group.seeds('mean of ')}")
+        style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
 
 
@@ -271,13 +273,14 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
                 if layer in values.index.get_level_values(0):
                     points = pd.DataFrame({"x": values.loc[layer], "y": loss})
                     track(axis, points.reset_index(), layer, look)
-            axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            style.few(axis)
             size = values.abs()
             if size.max() > 100 * size.median() > 0:  # it spans decades, to both sides of 0
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))
             axis.set_xlabel(f"{title}, test − train")
         axes[0].set_ylabel("cross-entropy (nats), test − train")
-        style.legend(part, axes[0], f"layer\n{group.seeds('mean of ')}")
+        style.legend(part, axes[0], f"{group.seeds('mean of ')}\nlayer")
+    same_scale(fig, groups, "y")
 
 
 def draw_drop(fig: Figure, groups: list[Group]) -> None:
@@ -294,7 +297,7 @@ def draw_drop(fig: Figure, groups: list[Group]) -> None:
                 axis.set_yscale("symlog", linthresh=SETTLED, linscale=0.4, subs=[2, 5])
                 axis.axhline(0, color="0.4", linewidth=0.8)
             pair[0].set_ylabel(f"{words} (bits)")
-        style.legend(part, axes[0, 0], f"encoder up to\n{group.seeds()}")
+        style.legend(part, axes[0, 0], f"{group.seeds()}\nencoder up to")
     same_scale(fig, groups, "y")
 
 

@@ -85,7 +85,8 @@ KINDS = {
         caption=(
             "Minimality is what decoders can tell of which sample of its class an encoding came from, sufficiency what "
             "they can tell of the class. A layer compresses where minimality falls while sufficiency stays. The dashed "
-            "line is the input itself. Both are understated where the decoders had not settled: see the last figure."
+            "line is the input itself. Below 0, decoders do worse than the shares of the labels alone. Both are "
+            "understated where the decoders had not settled: see the last figure."
         ),
         draw=figures.draw_information,
         has=measured("dib"),

@@ -13,9 +13,6 @@ def write(groups: list[Group], folder: Path) -> None:
         for ending, content in zip(("png", "pdf"), files, strict=True):
             (folder / f"{name}.{ending}").write_bytes(content)
         print(folder / f"{name}.png")
-    for name in gallery.KINDS.keys() - gallery.names(groups):  # of other runs, drawn here before
-        for ending in ("png", "pdf"):
-            (folder / f"{name}.{ending}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

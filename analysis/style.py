@@ -71,6 +71,11 @@ def whole(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
+def few(axis: Axes) -> None:
+    """Ticks across that have room for long numbers."""
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
 def legend(fig: FigureBase, axis: Axes, title: str) -> None:
     """The names in one panel, beside all of them; in two columns where they are many."""
     handles, names = axis.get_legend_handles_labels()

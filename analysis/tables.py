@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import StringIO
 from math import log
 from os.path import commonpath
 from pathlib import Path
@@ -23,7 +24,7 @@ COLUMNS = {  # what is used
 WORDS = ("set", "layer", "split", "labeling")
 KEYS = ("epoch", "step", "set", "layer", "split", "permutation", "labeling")  # of which no two rows have the same
 # How long, where and with what a run was made, which does not change what an epoch of it is.
-ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "torch", "torchvision")
+ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
 INPUT = "input"  # the split without encoder, measured once
 MEAN_SD = "mean ± sd of "
 
@@ -108,7 +109,7 @@ def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
     """The runs in these folders, put together where they differ only in their seed, in the order given.
 
     Raises ValueError for a folder that does not hold a run, for two runs that do not differ at all, and for an epoch
-    to be shown that no run has.
+    to be shown that a run does not have.
     """
     found: dict[str, list[tuple]] = {}
     for folder in folders:
@@ -122,12 +123,12 @@ def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
     made = [
         together(label(its, flags, runs[0][0]), runs, epochs) for its, runs in zip(flags, found.values(), strict=True)
     ]
-    longest = max(group.last for group in made)
-    for epoch in epochs or []:
-        if not 1 <= epoch <= longest:
-            raise ValueError(
-                f"epoch {epoch} cannot be shown: expected 1 to {longest}, the last epoch that was measured"
-            )
+    for group in made:
+        for epoch in group.shown:
+            if group.last and not 1 <= epoch <= group.last:
+                raise ValueError(
+                    f"epoch {epoch} cannot be shown: {group.label} was measured in epochs 1 to {group.last}"
+                )
     return made
 
 
@@ -187,12 +188,14 @@ def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
         if name != "lr_range":
             joined[name] = joined[name][joined[name]["epoch"] <= last].rename(columns={"split": "layer"})
     joined["information"] = information(joined["dib"])
-    shown = [epoch for epoch in epochs or spaced(last, 4) if epoch <= last]
-    return Group(label, list(folders), list(hparams), joined, last, shown)
+    return Group(label, list(folders), list(hparams), joined, last, epochs or spaced(last, 4))
 
 
 def finished(tables: dict[str, pd.DataFrame]) -> int:
-    """The last epoch that has all its rows: a run that goes on, or was killed, has some of the next one."""
+    """The last epoch that has all its rows: a run that goes on, or was killed, has some of the next one.
+
+    All are those of a full epoch; in the first it cannot be known.
+    """
     dib = tables["dib"]
     lasts = []
     for table in (tables["epochs"], tables["nc1"], dib[dib["split"] != INPUT]):
@@ -228,7 +231,11 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+            text = path.read_text()
+            text = text[: text.rfind("\n") + 1]  # a run that goes on may be in the middle of a line
+            table = pd.read_csv(
+                StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False
+            )
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' errors are ValueErrors, and name the line
         raise ValueError(f"{path} is not a CSV of a run: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if column not in table]

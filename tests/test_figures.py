@@ -75,6 +75,7 @@ def test_curves_are_the_mean_in_a_band_over_seeds(tmp_path):
     figure = gallery.figure("training", groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
     loss = axes(figure)[0]
     assert line(loss, "train").get_ydata().tolist() == pytest.approx([2, 1, 2 / 3])
+    assert (line(loss, "train").get_linestyle(), line(loss, "test").get_linestyle()) == ("-", "--")
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx(((2 - 2**0.5) / 3, 2 + 2**0.5))
     assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds"
@@ -104,6 +105,12 @@ def test_groups_stand_in_one_figure(tmp_path):
     figure = gallery.figure("nc1", groups(runs))
     assert [part.get_suptitle() for part in figure.subfigs] == ["MLP on SZT", "ConvNeXt on CIFAR10"]
     assert [len(part.legends[0].get_texts()) for part in figure.subfigs] == [3, 19]
+    alone = gallery.figure("nc1", groups(runs[:1]))
+    assert figure.get_figheight() == pytest.approx(2 * alone.get_figheight() - 0.3)
+    assert figure.get_figwidth() > alone.get_figwidth()  # room for a legend in two columns
+    header = (runs[1] / "nc1.csv").read_text().splitlines()[0]
+    (runs[1] / "nc1.csv").write_text(header + "\n")  # not measured there
+    assert len(gallery.figure("nc1", groups(runs)).subfigs) == 1
 
 
 def test_depth_says_the_factor_and_the_correlation(tmp_path):
@@ -138,12 +145,15 @@ def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
         for name, seed, epochs, data in (("a", 0, 2, "SZT"), ("b", 1, 9, "SZT"), ("c", 2, 30, "MNIST"))
     ]
     (runs[1] / "hparams.json").write_text((runs[1] / "hparams.json").read_text().replace("{", '{"widths": [9], '))
-    for name in ("information", "plane"):
+    for name in ("nc1", "depth", "information", "plane", "gap", "drop"):
         views = [(axis.get_ylim(), axis.get_xlim()) for axis in axes(gallery.figure(name, groups(runs)), 99)]
         strip = len(views) // 3
-        assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]]
-        assert views[0][0] != views[-1][0]
-        assert (views[0][1] == views[strip][1]) == (name == "plane")
+        assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]], name
+        assert views[0][0] != views[-1][0], name
+        assert (views[0][1] == views[strip][1]) == (name in ("plane", "depth")), name
+    figure = gallery.figure("plane_by_epoch", groups(runs[:2]))
+    bars = [axis.get_ylim() for axis in figure.findobj(plt.Axes) if axis.get_label() == "<colorbar>"]
+    assert np.array(bars) == pytest.approx(np.array([(1, 2), (1, 9)]))  # of epochs, to which no scale is common
 
 
 def test_an_nc1_that_is_not_there_is_a_gap_and_is_said(tmp_path):
@@ -165,6 +175,16 @@ def test_gaps_are_those_of_each_epoch(tmp_path):
     assert tracks[0].get_ydata().tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
     ends = [line for line in axes(figure)[0].lines if line.get_label() == "hidden3"]
     assert ends[0].get_xydata().tolist() == [pytest.approx([12.5 / 6, 0.5 / 3])]
+
+
+def test_a_track_of_many_epochs_is_thinned_and_spans_of_decades_are_logarithmic(tmp_path):
+    """NC1's gap is 25 / epoch: 25 to 0.125, and half of them below 0.25."""
+    figure = gallery.figure("gap", groups([measured(tmp_path / "run", LAYERS, epochs=200)]))
+    first, second = axes(figure)
+    track = first.lines[0].get_xdata()
+    assert 15 < len(track) <= 20
+    assert (track[0], track[-1]) == pytest.approx((25, 25 / 200))
+    assert (first.get_xscale(), second.get_xscale()) == ("symlog", "linear")
 
 
 def test_seeds_end_around_their_mean(tmp_path):
@@ -255,11 +275,15 @@ def test_colours_are_told_apart_in_grey_and_on_paper():
     assert len({(look["marker"], round(g, 1)) for look, g in zip(looks, grey, strict=True)}) == len(DEEP)
 
 
-@pytest.mark.parametrize("name", [name for name in gallery.KINDS if name != "lr_range"])
-def test_no_text_of_nineteen_layers_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name):
-    run = measured(tmp_path / "run", DEEP, data="SZT" if name == "plane_by_epoch" else "CIFAR10", epochs=12)
-    dib = pd.read_csv(run / "dib.csv")  # with gaps of minimality of up to 0.015 bits, whose ticks are long
-    dib["loss"] += np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.011, 0)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [*((name, DEEP) for name in gallery.KINDS if name != "lr_range"), ("gap", LAYERS), ("plane", LAYERS)],
+)
+def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, layers):
+    """Of as many layers as ConvNeXt has; of few, with long numbers at the ticks."""
+    run = measured(tmp_path / "run", layers, data="SZT" if name == "plane_by_epoch" else "CIFAR10", epochs=12)
+    dib = pd.read_csv(run / "dib.csv")
+    dib["loss"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
     dib.to_csv(run / "dib.csv", index=False)
     figure = gallery.figure(name, groups([run]))
     drawn, draw = [], Text.draw

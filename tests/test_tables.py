@@ -55,13 +55,15 @@ def test_mean_and_deviation_over_seeds_by_hand():
     over = tables.over_seeds(table, ["epoch"], "v", log=True)
     assert over["mean"].tolist() == pytest.approx([12 ** (1 / 3), 10])
     assert over["high"][1] == pytest.approx(10 * 10 ** sqrt(2))  # of 0 and 2, as powers of ten: 1 and sqrt(2)
+    table.loc[5, "v"] = float("inf")  # counts as little as NaN
+    assert tables.over_seeds(table, ["epoch"], "v")["mean"].tolist() == [3, 50.5]
     one = tables.over_seeds(table[table["seed"] == 0], ["epoch"], "v")
     assert one[["low", "mean", "high"]].values.tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     """Where and with what they ran does not matter; every other flag does."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", torch=str(seed)) for seed in (3, 1)]
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", processes=seed) for seed in (3, 1)]
     other = measured(tmp_path / "other", LAYERS, 1, widths=[3, 2], nonlinearity="Tanh")
     cnn = measured(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
     found = tables.groups([runs[0], other, runs[1], cnn])
@@ -99,6 +101,15 @@ def test_an_epoch_that_lacks_rows_is_not_finished(tmp_path, table, rows):
     (group,) = tables.groups([run])
     assert group.last == 2
     assert {group.tables[name]["epoch"].max() for name in ("epochs", "nc1", "dib", "information")} == {2}
+
+
+@pytest.mark.parametrize("name", ["epochs", "nc1", "dib"])
+def test_a_line_that_is_being_written_does_not_count(tmp_path, name):
+    """Not even where what is there of it could be a whole line."""
+    run = measured(tmp_path / "run", LAYERS)
+    path = run / f"{name}.csv"
+    path.write_text(path.read_text()[:-2])
+    assert tables.groups([run])[0].last == 2
 
 
 def test_a_flag_that_is_off_is_as_one_that_an_older_version_did_not_have(tmp_path):
@@ -139,9 +150,10 @@ def test_epochs_are_spaced_evenly_on_a_log_scale(last, count, expected):
 
 def test_epochs_to_show_are_those_asked_for(tmp_path):
     runs = [measured(tmp_path / f"e{epochs}", LAYERS, epochs=epochs, batch_size=epochs) for epochs in (2, 5)]
-    assert [group.shown for group in tables.groups(runs, [1, 4])] == [[1], [1, 4]]
-    for epoch in (0, 6):
-        with pytest.raises(ValueError, match=f"epoch {epoch} cannot be shown: expected 1 to 5, the last epoch"):
+    assert [group.shown for group in tables.groups(runs, [1, 2])] == [[1, 2], [1, 2]]
+    for epoch in (0, 3):
+        message = f"epoch {epoch} cannot be shown: MLP on SZT, batch_size 2 was measured in epochs 1 to 2"
+        with pytest.raises(ValueError, match=message):
             tables.groups(runs, [1, epoch])
 
 
@@ -183,7 +195,7 @@ def test_a_script_says_in_one_line_what_it_cannot_use(tmp_path, capsys):
     for arguments, reason in (
         ([str(tmp_path)], "hparams.json does not hold the flags of a run: No such file or directory"),
         ([str(run)], f"File exists: '{run}'"),  # what cannot be written
-        ([str(run), "--epochs", "4"], "epoch 4 cannot be shown: expected 1 to 3, the last epoch that was measured"),
+        ([str(run), "--epochs", "4"], "epoch 4 cannot be shown: MLP on SZT was measured in epochs 1 to 3"),
     ):
         with pytest.raises(SystemExit) as stop:
             tables.script("A test.", write, arguments)
@@ -209,9 +221,9 @@ def test_newest_run(tmp_path):
         ("", "epochs.csv is not a CSV of a run: No columns"),
         ("a,b\n1,2\n", "epochs.csv, line 1, lacks the column 'epoch'"),
         (EPOCHS.splitlines()[0] + "\n", "epochs.csv holds no finished epoch"),
-        (EPOCHS + "3,tra", "epochs.csv, line 6: set is 'tra', expected train or test"),
-        (EPOCHS + "3,train,", "epochs.csv, line 6: loss is '', expected a number"),
-        (EPOCHS + "3", "epochs.csv, line 6: set is '', expected train or test"),
+        (EPOCHS + "3,tra\n", "epochs.csv, line 6: set is 'tra', expected train or test"),
+        (EPOCHS + "3,train,\n", "epochs.csv, line 6: loss is '', expected a number"),
+        (EPOCHS + "3\n", "epochs.csv, line 6: set is '', expected train or test"),
         (EPOCHS + "\n\n", "epochs.csv, line 6: epoch is '', expected a whole number from 1"),
         (
             EPOCHS.replace("\n1,train", "\n1.5,train"),
