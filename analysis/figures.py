@@ -168,23 +168,29 @@ def draw_information(fig: Figure, groups: list[Group]) -> None:
             layer_curves(pair, over_seeds(table, ["layer", "set", "epoch"], measure), group)
             if (table[measure] < 0).any():  # where a head does worse than one that only knows the labels' shares
                 for axis in pair:
-                    axis.axhline(0, color="0.4", linewidth=0.8)
+                    style.zero(axis)
             pair[0].set_ylabel(f"{measure} (bits)")
         style.legend(part, axes[0, 0], f"{group.seeds(MEAN_SD)}\nencoder up to")
     same_scale(fig, groups, "y")
 
 
+def plane(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[str, dict]]:
+    """The panels of an information plane, minimality across and sufficiency up, and the looks of what stands in it."""
+    axes = panels(part, group, sharex=True, sharey=True)[0]
+    for axis in axes:
+        axis.set_xlabel("minimality (bits)")
+        style.few(axis)
+    axes[0].set_ylabel("sufficiency (bits)")
+    return axes, style.colours(group.layers) | {INPUT: style.INPUT}
+
+
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
-        axes = panels(part, group, sharex=True, sharey=True)[0]
-        looks = style.colours(group.layers) | {INPUT: style.INPUT}
+        axes, looks = plane(part, group)
         for each, axis in zip(group.sets, axes, strict=True):
             points = group.of("information", each).rename(columns={"minimality": "x", "sufficiency": "y"})
             for layer, its in points.groupby("layer", sort=False):
                 track(axis, its, layer, looks[layer])
-            axis.set_xlabel("minimality (bits)")
-            style.few(axis)
-        axes[0].set_ylabel("sufficiency (bits)")
         style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
 
@@ -215,8 +221,7 @@ def track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
 def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
     """The layers of an epoch joined by a line, in the colour of the epoch."""
     for part, group in rows(fig, groups):
-        axes = panels(part, group, sharex=True, sharey=True)[0]
-        looks = style.colours(group.layers) | {INPUT: style.INPUT}
+        axes, looks = plane(part, group)
         shown = spaced(group.last, 40)
         for each, axis in zip(group.sets, axes, strict=True):
             means = group.of("information", each).groupby(["layer", "epoch"], sort=False)[list(MEASURES)].mean()
@@ -230,9 +235,6 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
                 colours = style.of_epoch(its["epoch"], group.last)
                 axis.scatter(its["minimality"], its["sufficiency"], c=colours, marker=marker, s=16)
                 axis.scatter([], [], color="black", marker=marker, s=16, label=layer)
-            axis.set_xlabel("minimality (bits)")
-            style.few(axis)
-        axes[0].set_ylabel("sufficiency (bits)")
         colour_bar(part, axes, group.last)
         style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
@@ -295,7 +297,7 @@ def draw_drop(fig: Figure, groups: list[Group]) -> None:
             layer_curves(pair, bits.assign(low=bits["mean"], high=bits["mean"], count=len(group.folders)), group)
             for axis in pair:
                 axis.set_yscale("symlog", linthresh=SETTLED, linscale=0.4, subs=[2, 5])
-                axis.axhline(0, color="0.4", linewidth=0.8)
+                style.zero(axis)
             pair[0].set_ylabel(f"{words} (bits)")
         style.legend(part, axes[0, 0], f"{group.seeds()}\nencoder up to")
     same_scale(fig, groups, "y")

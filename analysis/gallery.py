@@ -143,9 +143,9 @@ KINDS = {
 
 def pictures(groups: list[Group], formats: tuple[str, ...]) -> Iterator[tuple[str, list[bytes]]]:
     """Every figure that these runs have, by name, in these formats; a process for each core draws them."""
+    found = names(groups)
     with ProcessPoolExecutor() as pool:
-        files = pool.map(partial(picture, groups=groups, formats=formats), names(groups))
-        yield from zip(names(groups), files, strict=True)
+        yield from zip(found, pool.map(partial(picture, groups=groups, formats=formats), found), strict=True)
 
 
 def names(groups: list[Group]) -> list[str]:

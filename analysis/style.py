@@ -71,6 +71,11 @@ def whole(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
+def zero(axis: Axes) -> None:
+    """A line where nothing is left."""
+    axis.axhline(0, color="0.4", linewidth=0.8)
+
+
 def few(axis: Axes) -> None:
     """Ticks across that have room for long numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))

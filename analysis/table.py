@@ -115,9 +115,9 @@ def write(groups: list[Group], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"**{title}**\n\n{markdown(table)}" for title, table in found)
     (folder / "table.md").write_text(text)
-    text = "\n".join(f"% {title}\n{latex(table)}" for title, table in found)
-    (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n\n" + text)
-    print((folder / "table.md").read_text())
+    tex = "\n".join(f"% {title}\n{latex(table)}" for title, table in found)
+    (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n\n" + tex)
+    print(text)
     print(folder / "table.md", folder / "table.tex", sep="\n")
 
 
