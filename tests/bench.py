@@ -249,7 +249,7 @@ def bench_heads() -> Iterator[Row]:
         def loop(layout: torch.memory_format, build=build, x=x, step=step) -> Callable:
             heads = [build().to(DEVICE).to(memory_format=layout) for _ in range(J)]
             z = x.contiguous(memory_format=layout)
-            return step(lambda: dib.one_by_one(heads, {0: z}), [p for head in heads for p in head.parameters()])
+            return step(lambda: heads.one_by_one(heads, {0: z}), [p for head in heads for p in head.parameters()])
 
         def grouped(build=build, x=x, step=step) -> Callable:
             heads = [build().to(DEVICE) for _ in range(J)]

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import dib
+import heads as engine
 import models
 from relabel import relabel
 from tests.toys import Toy, clusters
@@ -53,8 +54,8 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, f
     """The same start and the same batches, in float64: the loss of a head does not know of the others."""
     used = Counter()
     for name in ("stacked", "one_by_one"):
-        path = getattr(dib, name)
-        monkeypatch.setattr(dib, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
+        path = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
     torch.manual_seed(0)
     split, model, epochs = toy(shape=shape), build(), 30
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
@@ -63,7 +64,7 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, f
     encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in ks}
     torch.manual_seed(7)
     every = {k: list(targets) for k in ks}
-    loss, drop = dib.train(heads, encoders, every, SGD, epochs, 40, torch.Generator().manual_seed(5))
+    loss, drop = engine.train(heads, encoders, every, SGD, epochs, 40, torch.Generator().manual_seed(5))
     loss, drop = loss.view(len(ks), -1), drop.view(len(ks), -1)
     assert set(used) == {forward}, f"the heads took the path {used}"
     for i, k in enumerate(ks):
@@ -92,7 +93,7 @@ def test_stacked_agrees_with_one_by_one():
     heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
     heads = [head.double() for head in heads]
     x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-    a, b = dib.stacked({0: heads}, dib.stack_parameters(heads), {0: x}), dib.one_by_one(heads, {0: x})
+    a, b = engine.stacked({0: heads}, engine.stack_parameters(heads), {0: x}), engine.one_by_one(heads, {0: x})
     assert a.shape == (4, 3, 7)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(a[2], heads[2](x).T, rtol=1e-12, atol=1e-12)
@@ -111,7 +112,7 @@ def test_stacked_agrees_with_one_by_one():
     ],
 )
 def test_only_plain_decoders_are_stacked(layers, expected):
-    assert dib.is_plain(nn.Sequential(*layers)) is expected
+    assert engine.is_plain(nn.Sequential(*layers)) is expected
 
 
 def test_entropy_is_empirical():
@@ -187,7 +188,7 @@ def test_kept_encodings_of_images_keep_their_channels_last(monkeypatch):
     def build() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
 
-    monkeypatch.setattr(dib, "train", train)
+    monkeypatch.setattr(engine, "train", train)
     dib.measure(build(), 1, toy(shape=(1, 5, 5)), 3, build, SGD)
     assert layouts == [True]
 
@@ -212,7 +213,7 @@ def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
         batches.append(rest[-1].initial_seed())
         return (torch.zeros(2 * len(heads[2])),) * 2
 
-    monkeypatch.setattr(dib, "train", train)
+    monkeypatch.setattr(engine, "train", train)
     for model_epoch in (0, 1):
         dib.measure_splits(plain(), [2, 3], toy(), 3, plain, SGD, model_epoch=model_epoch)
     assert len(set(batches)) == 2  # other batches in every epoch
@@ -224,7 +225,7 @@ def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():
     heads = [nn.Sequential(nn.ELU(inplace=True), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval() for _ in range(2)]
     x = torch.randn(5, 6)
     expected = [head(x.clone()).T for head in heads]
-    torch.testing.assert_close(dib.one_by_one(heads, {1: x}), torch.stack(expected))
+    torch.testing.assert_close(engine.one_by_one(heads, {1: x}), torch.stack(expected))
 
 
 @pytest.mark.parametrize("build", [convolutional, drawing])

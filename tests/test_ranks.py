@@ -16,6 +16,7 @@ from torch import nn
 
 import data
 import dib
+import heads
 import models
 import nc1
 import ranks
@@ -94,11 +95,11 @@ def test_every_batch_falls_to_one_process(monkeypatch):
 def test_costs_by_hand():
     """A linear layer of 6 x 5 reads 6, writes 5 and multiplies 30 times; a convolution does so at every pixel."""
     mlp = models.build("MLP", (6,), 3, widths=(5,))
-    assert dib.costs(mlp, [0, 1, 2], torch.zeros(1, 6)) == pytest.approx(
+    assert heads.costs(mlp, [0, 1, 2], torch.zeros(1, 6)) == pytest.approx(
         {0: 12 + (11 + 30 / 40) + 10 + (8 + 15 / 40), 1: (11 + 30 / 40) + 10 + (8 + 15 / 40), 2: 8 + 15 / 40}
     )
     convolution = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
-    assert dib.costs(convolution, [1, 0], torch.zeros(1, 2, 4, 4)) == pytest.approx(
+    assert heads.costs(convolution, [1, 0], torch.zeros(1, 2, 4, 4)) == pytest.approx(
         {1: 32 + 19 + 48 / 40, 0: (32 + 16 + 4 * 72 / 40) + 32 + 19 + 48 / 40}
     )
 
@@ -107,7 +108,7 @@ def test_costs_by_hand():
 @pytest.mark.parametrize("J", [1, 4, 13])
 def test_every_head_is_dealt_once_and_evenly(world, J):
     costs = {0: 100.0, 1: 70.0, 3: 45.0, 4: 20.0, 6: 1.0}
-    hands = dib.deal(costs, J, world)
+    hands = ranks.deal(costs, J, world)
     assert sorted(head for hand in hands for head in hand) == [(k, j) for k in costs for j in range(J)]
     loads = [sum(costs[k] for k, _ in hand) for hand in hands]
     fair = J * sum(costs.values()) / world
