@@ -19,7 +19,7 @@ import torch
 COLUMNS = {
     "epochs.csv": "epoch,set,loss,accuracy,seconds",
     "nc1.csv": "epoch,set,layer,dim,rank,nc1",
-    "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,drop",
+    "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,bound",
 }
 
 # Of a run that began with a range test; chosen is 1 at the rate that the run then has.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import cycle
-from math import log
 
 import numpy as np
 import pandas as pd
@@ -12,11 +11,11 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
-from analysis.tables import INPUT, MEAN_SD, Group, over_seeds, spaced
+from analysis.tables import BEATEN, INPUT, MEAN_SD, Group, over_seeds, spaced
 
 NC1 = r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit"
 MEASURES = ("minimality", "sufficiency")
-SETTLED = 1e-3  # bits: where the axis of drop turns from linear to logarithmic
+MINIMALITY = "minimality (bits)"
 
 
 def rows(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBase, Group]]:
@@ -50,29 +49,31 @@ def same_scale(fig: Figure, groups: list[Group], *along: str) -> None:
 
 
 def curve(axis: Axes, line: pd.DataFrame, label: str | None, dash: str, look: dict, width: float | None = None) -> None:
-    """The mean over seeds by epoch, in a band of one standard deviation."""
+    """The mean over seeds by the index (epoch or steps), in a band of one standard deviation."""
     every = style.thin(len(line))
-    axis.plot(line["epoch"], line["mean"], label=label, markevery=every, linestyle=dash, linewidth=width, **look)
+    axis.plot(line.index, line["mean"], label=label, markevery=every, linestyle=dash, linewidth=width, **look)
     if (line["high"] > line["low"]).any():
-        axis.fill_between(line["epoch"], line["low"], line["high"], color=look["color"], alpha=0.2, linewidth=0)
+        axis.fill_between(line.index, line["low"], line["high"], color=look["color"], alpha=0.2, linewidth=0)
 
 
-def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group) -> None:
-    """On the panel of each set a curve for each layer; the input, measured once, as a dashed line."""
-    looks = style.colours(group.layers)
+def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int, across: str = "epoch") -> None:
+    """On the panel of each set a curve for each layer; the input, measured in one epoch, as a dashed line."""
+    looks = style.colours(group.layers) | {INPUT: style.INPUT}
     width = 1 if len(group.layers) > style.MANY else None
-    seeds = len(group.folders)
     for each, axis in zip(group.sets, axes, strict=True):
         for layer, line in means[means["set"] == each].groupby("layer", sort=False):
             fewest = means.loc[means["layer"] == layer, "count"].min()
             label = layer if fewest == seeds or seeds == 1 else f"{layer} ({fewest} to {seeds} seeds)"
-            if layer == INPUT:
+            if layer == INPUT and across == "epoch":
                 axis.axhline(line["mean"].iloc[0], color="black", linestyle="--", linewidth=1.2, label=label)
                 axis.axhspan(line["low"].iloc[0], line["high"].iloc[0], color="black", alpha=0.1, linewidth=0)
             else:
-                curve(axis, line, label, "-", looks[layer], width)
-        axis.set_xlabel("epoch")
-        style.whole(axis)
+                curve(axis, line.set_index(across), label, "-", looks[layer], width)
+        if across == "epoch":
+            style.whole(axis)
+        else:
+            style.steps(axis, means.loc[means["set"] == each, across])
+        axis.set_xlabel(across)
         axis.label_outer()
 
 
@@ -87,13 +88,13 @@ def draw_training(fig: Figure, groups: list[Group]) -> None:
     for values, axis in zip(("loss", "accuracy"), axes, strict=True):
         if len(groups) == 1:
             for each, look in style.colours(["train", "test"]).items():
-                line = over_seeds(groups[0].of("epochs", each), ["epoch"], values)
+                line = over_seeds(groups[0].of("epochs", each), ["epoch"], values).set_index("epoch")
                 curve(axis, line, each, style.DASHES[each], look)
         else:
             for group, look in zip(groups, style.colours(range(len(groups))).values(), strict=True):
                 name = f"{style.plain(group.label)}, {group.seeds(MEAN_SD)}"
                 for each, label in (("train", name), ("test", None)):
-                    line = over_seeds(group.of("epochs", each), ["epoch"], values)
+                    line = over_seeds(group.of("epochs", each), ["epoch"], values).set_index("epoch")
                     curve(axis, line, label, style.DASHES[each], look)
             for each, dash in style.DASHES.items():
                 axis.plot([], [], color="black", linestyle=dash, label=each)
@@ -111,7 +112,8 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharey=True)[0]
         table = group.tables["nc1"]
-        layer_curves(axes, over_seeds(table, ["layer", "set", "epoch"], "nc1", log=True), group)
+        means = over_seeds(table, ["layer", "set", "epoch"], "nc1", log=True)
+        layer_curves(axes, means, group, len(group.folders))
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nlayer")
@@ -161,17 +163,52 @@ def fit(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
 
 
 def draw_information(fig: Figure, groups: list[Group]) -> None:
+    measures(fig, groups, "information", "epoch")
+
+
+def draw_settle(fig: Figure, groups: list[Group]) -> None:
+    measures(fig, groups, "settling", "steps")
+
+
+def measures(fig: Figure, groups: list[Group], name: str, across: str) -> None:
+    """Minimality above sufficiency: what is known in lines, hollow markers where the heads themselves fell short."""
     for part, group in rows(fig, groups):
-        axes = panels(part, group, 2, sharex=True, sharey="row")
-        table = group.tables["information"]
+        axes = panels(part, group, 2, sharex="col", sharey="row")
+        table, keys, shown = group.tables[name], ["layer", "set", across], []
         for measure, pair in zip(MEASURES, axes, strict=True):
-            layer_curves(pair, over_seeds(table, ["layer", "set", "epoch"], measure), group)
-            if (table[measure] < 0).any():  # where a head does worse than one that only knows the labels' shares
+            means = over_seeds(table, keys, measure)
+            layer_curves(pair, means, group, table["seed"].nunique(), across)
+            if (table[measure] < 0).any():  # where the decoders cannot put out constants
                 for axis in pair:
                     style.zero(axis)
+            own = over_seeds(table, keys, f"{measure}_by_loss")["mean"]
+            shown += own_losses(pair, means.assign(own=own), group, across)
             pair[0].set_ylabel(f"{measure} (bits)")
-        style.legend(part, axes[0, 0], f"{group.seeds(MEAN_SD)}\nencoder up to")
+        if shown:
+            label = "decoder's own loss" + ("" if all(shown) else f"\n({shown.count(False)} further below)")
+            axes[0, 0].plot([], [], linestyle="", color="0.3", marker="o", label=label, **style.HOLLOW)
+        style.legend(part, axes[0, 0], f"{group.seeds(MEAN_SD, name)}\nencoder up to")
     same_scale(fig, groups, "y")
+
+
+def own_losses(axes: np.ndarray, means: pd.DataFrame, group: Group, across: str) -> list[bool]:
+    """Hollow markers where the column own lies below the mean, at the markers of the curves; which of them are shown.
+
+    Badly found heads can be far below all that is known: what is more than a quarter of the axis below it is left out.
+    """
+    looks = style.colours(group.layers) | {INPUT: style.INPUT}
+    bottom, top = axes[0].get_ylim()
+    room, lowest, shown = (top - bottom) / 4, bottom, []
+    for each, axis in zip(group.sets, axes, strict=True):
+        for layer, line in means[means["set"] == each].groupby("layer", sort=False):
+            line = line[:: style.thin(len(line))]
+            line = line[line["own"] < line["mean"] - BEATEN]
+            near = line["own"] > bottom - room
+            axis.plot(line[across][near], line["own"][near], linestyle="", zorder=3, **looks[layer], **style.HOLLOW)
+            lowest = min([lowest, *(line["own"][near] - 0.2 * room)])  # with space for the marker
+            shown += near.tolist()
+    axes[0].set_ylim(lowest, top)
+    return shown
 
 
 def plane(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[str, dict]]:
@@ -257,13 +294,29 @@ def gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:
 
 
 def gaps(group: Group) -> dict[str, pd.Series]:
-    """The gap of each measure of the layers that has one."""
+    """The gap of each measure of the layers that has one, also that of minimality where it cannot be drawn."""
     information = group.tables["information"]
     measured = {
         "NC1": gap(group.tables["nc1"], ["layer"], "nc1"),
-        "minimality (bits)": gap(information[information["layer"] != INPUT], ["layer"], "minimality"),
+        MINIMALITY: gap(information[information["layer"] != INPUT], ["layer"], "minimality"),
     }
     return {title: values for title, values in measured.items() if len(values)}
+
+
+def unequal(group: Group) -> str:
+    """Why the information of the two sets cannot be compared; nothing where it can."""
+    for its in group.hparams:
+        samples = its.get("dib_samples") or {}
+        if not {"train", "test"} <= set(samples):
+            return "the run does not tell how many samples"
+        if samples["train"] != samples["test"]:
+            return f"{samples['train']:,} training and {samples['test']:,} test samples"
+    return ""
+
+
+def has_gap(group: Group) -> bool:
+    there = gaps(group)
+    return "NC1" in there or (MINIMALITY in there and not unequal(group))
 
 
 def draw_gap(fig: Figure, groups: list[Group]) -> None:
@@ -271,6 +324,11 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
         loss, measured = gap(group.tables["epochs"], [], "loss"), gaps(group)
         axes = part.subplots(1, len(measured), squeeze=False, sharey=True)[0]
         for (title, values), axis in zip(measured.items(), axes, strict=True):
+            if title == MINIMALITY and (reason := unequal(group)):
+                reason = f"no minimality here:\n{reason},\nand information compares at equal N only;\n"
+                axis.text(0.5, 0.5, reason + "run with --dib-size", transform=axis.transAxes, ha="center", va="center")
+                axis.set_axis_off()
+                continue
             for layer, look in style.colours(group.layers).items():
                 if layer in values.index.get_level_values(0):
                     points = pd.DataFrame({"x": values.loc[layer], "y": loss})
@@ -282,24 +340,6 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
             axis.set_xlabel(f"{title}, test − train")
         axes[0].set_ylabel("cross-entropy (nats), test − train")
         style.legend(part, axes[0], f"{group.seeds('mean of ')}\nlayer")
-    same_scale(fig, groups, "y")
-
-
-def draw_drop(fig: Figure, groups: list[Group]) -> None:
-    """The mean and the largest fall of a loss in its last tenth, over the heads of a split and all seeds."""
-    for part, group in rows(fig, groups):
-        axes = panels(part, group, 2, sharex=True, sharey=True)
-        heads = group.tables["dib"].groupby(["layer", "set", "epoch"], sort=False)["drop"]
-        for pair, figure, words in zip(
-            axes, (heads.mean(), heads.max()), ("mean of the heads", "largest"), strict=True
-        ):
-            bits = (figure / log(2)).reset_index(name="mean")
-            layer_curves(pair, bits.assign(low=bits["mean"], high=bits["mean"], count=len(group.folders)), group)
-            for axis in pair:
-                axis.set_yscale("symlog", linthresh=SETTLED, linscale=0.4, subs=[2, 5])
-                style.zero(axis)
-            pair[0].set_ylabel(f"{words} (bits)")
-        style.legend(part, axes[0, 0], f"{group.seeds()}\nencoder up to")
     same_scale(fig, groups, "y")
 
 

@@ -85,8 +85,10 @@ KINDS = {
         caption=(
             "Minimality is what decoders can tell of which sample of its class an encoding came from, sufficiency what "
             "they can tell of the class. A layer compresses where minimality falls while sufficiency stays. The dashed "
-            "line is the input itself. Below 0, decoders do worse than the shares of the labels alone. Both are "
-            "understated where the decoders had not settled: see the last figure."
+            "line is the input itself. Lines are what is known to be decodable; a hollow marker below one is what the "
+            "layer's own decoders reached, where that is over 0.001 bits less: a decoder that was not found, not "
+            "information that the network lost. Those far below are left out, and counted in the legend. Lines are "
+            "below 0 only where decoders cannot put out constants (a last layer without bias)."
         ),
         draw=figures.draw_information,
         has=measured("dib"),
@@ -119,23 +121,24 @@ KINDS = {
         caption=(
             "Up is the generalisation gap, test loss - train loss, across the same difference of NC1 and of "
             "minimality: a track for each layer, as in the information plane. Tracks that keep to a rising line say "
-            "that the two go together. The test set is smaller: its labelings have fewer digits and its decoders take "
-            "fewer steps, which moves minimality by itself. An axis of NC1 that spans decades is linear between its "
-            "ticks next to 0."
+            "that the two go together. Minimality is information about the samples at hand, which grows as they get "
+            "fewer: it is compared only where both sets were measured on the same number of samples. An axis of NC1 "
+            "that spans decades is linear between its ticks next to 0."
         ),
         draw=figures.draw_gap,
-        has=lambda group: bool(figures.gaps(group)),
+        has=figures.has_gap,
         height=3.6,
     ),
-    "drop": Kind(
-        title="How far the decoders had settled",
+    "settle": Kind(
+        title="Information by the decoders' steps",
         caption=(
-            "How much the training loss of DIB's decoders still fell over the last tenth of their epochs: what is far "
-            "above 0 was cut short, and understates the information by an amount of that order. A narrow decoder that "
-            "was born dead does not fall either: it has no information and a drop of 0. Linear below 0.001 bits."
+            "What is known after the last epoch by decoders that were trained for more and more steps. Where a curve "
+            "is flat, more steps find nothing more: choose --dib-epochs by it. What still rises is understated in the "
+            "other figures. A hollow marker is, as there, a decoder that was not found, not information that the "
+            "network lost; those far below are left out, and counted in the legend."
         ),
-        draw=figures.draw_drop,
-        has=measured("dib"),
+        draw=figures.draw_settle,
+        has=measured("settling"),
         height=4.8,
     ),
 }

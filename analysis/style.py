@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import FigureBase
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 STYLE = {
@@ -35,6 +35,7 @@ def shades(name: str, lightest: float) -> ListedColormap:
 LAYERS, EPOCHS = shades("viridis", 0.78), shades("inferno", 0.75)
 MARKERS = "osD^v<>Pph8d"
 INPUT = {"color": "black", "marker": "X"}
+HOLLOW = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.6}
 DASHES = {"train": "-", "test": "--"}
 
 
@@ -69,6 +70,14 @@ def thin(count: int) -> int:
 def whole(axis: Axes) -> None:
     """Ticks at whole epochs."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def steps(axis: Axes, there: ArrayLike) -> None:
+    """A logarithmic axis with plain numbers at the steps that there are."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(np.unique(there)))
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def zero(axis: Axes) -> None:

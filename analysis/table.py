@@ -34,7 +34,7 @@ def fits(groups: list[Group]) -> pd.DataFrame:
 def layers(group: Group) -> pd.DataFrame:
     """NC1, minimality and sufficiency (bits) after the last epoch, over seeds: a row for each layer.
 
-    The input was measured in the first epoch.
+    The input was measured in the first epoch, and does not change.
     """
     nc1, information = (
         table[(table["epoch"] == group.last) | (table["layer"] == tables.INPUT)]
@@ -100,12 +100,25 @@ def latex(table: pd.DataFrame) -> str:
     return text.replace("±", r"$\pm$").replace("–", "--")
 
 
-def titled(groups: list[Group]) -> list[tuple[str, pd.DataFrame]]:
-    """The table of all runs and that of the layers of each group, with what they are; none without rows."""
-    found = [("Loss and accuracy", fits(groups))]
+def heads(group: Group) -> str:
+    """How many of DIB's heads were not found, in a sentence; nothing where there are none."""
+    shares = tables.beaten(group.tables["dib"])
+    parts = " and ".join(f"{shares[each]:.1%} ({each} set)" for each in SETS if each in shares)
+    if not parts:
+        return ""
+    return (
+        f"Of DIB's decoders in all epochs {parts} ended more than {tables.BEATEN} bits above the least loss that is "
+        "known to be possible: they were not found, and the table shows what is known."
+    )
+
+
+def titled(groups: list[Group]) -> list[tuple[str, pd.DataFrame, str]]:
+    """The table of all runs and that of the layers of each group, with what they are and a note; none without rows."""
+    found = [("Loss and accuracy", fits(groups), "")]
     for group in groups:
-        found.append((f"{group.label}, epoch {group.last}, {group.seeds(tables.MEAN_SD)}", layers(group)))
-    return [(title, table) for title, table in found if len(table)]
+        title = f"{group.label}, epoch {group.last}, {group.seeds(tables.MEAN_SD)}"
+        found.append((title, layers(group), heads(group)))
+    return [each for each in found if len(each[1])]
 
 
 def write(groups: list[Group], folder: Path) -> None:
@@ -113,9 +126,11 @@ def write(groups: list[Group], folder: Path) -> None:
     if not found:
         tables.refuse(f"{groups[0].folders[0]} holds no finished epoch, of which there could be a table")
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(f"**{title}**\n\n{markdown(table)}" for title, table in found)
+    text = "\n".join(
+        f"**{title}**\n\n{markdown(table)}" + (f"\n{note}\n" if note else "") for title, table, note in found
+    )
     (folder / "table.md").write_text(text)
-    tex = "\n".join(f"% {title}\n{latex(table)}" for title, table in found)
+    tex = "\n".join(f"% {title}\n" + (f"% {note}\n" if note else "") + latex(table) for title, table, note in found)
     (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n\n" + tex)
     print(text)
     print(folder / "table.md", folder / "table.tex", sep="\n")

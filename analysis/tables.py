@@ -18,14 +18,20 @@ import pandas as pd
 COLUMNS = {  # what is used
     "epochs": ["epoch", "set", "loss", "accuracy"],
     "nc1": ["epoch", "set", "layer", "nc1"],
-    "dib": ["epoch", "set", "split", "permutation", "labeling", "entropy", "loss", "drop"],
+    "dib": ["epoch", "set", "split", "permutation", "labeling", "entropy", "loss", "bound"],
     "lr_range": ["step", "learning_rate", "loss", "smoothed", "chosen"],
+    "settle": ["factor", "steps", "set", "split", "permutation", "labeling", "entropy", "loss", "bound"],
 }
+OPTIONAL = {"lr_range": "step", "settle": "head"}  # tables that a run need not have, and what is in a line of them
 WORDS = ("set", "layer", "split", "labeling")
-KEYS = ("epoch", "step", "set", "layer", "split", "permutation", "labeling")  # of which no two rows have the same
+COUNTS = ("epoch", "factor", "steps")
+# Of these together no two rows have the same.
+KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
 # How long, where and with what a run was made, which does not change what an epoch of it is.
 ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
+FOLLOWS = ("dib_samples",)  # what follows from other flags
 INPUT = "input"  # the split without encoder, measured once
+BEATEN = 1e-3  # bits: a head whose loss is further above what is known to be possible was not found
 MEAN_SD = "mean ± sd of "
 
 
@@ -34,8 +40,8 @@ class Group:
     """Runs that differ only in their seed, up to the last epoch that all of them have.
 
     label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, splits called
-    layers too, and information beside them; a measure that was switched off is an empty table. shown: the epochs
-    compared by depth.
+    layers too, the input's bounds those of all epochs, and information (by epoch) and settling (by steps) beside them;
+    a measure that was switched off is an empty table. shown: the epochs compared by depth.
     """
 
     label: str
@@ -45,16 +51,17 @@ class Group:
     last: int
     shown: list[int]
 
-    def seeds(self, of: str = "") -> str:
-        """The seed; for several, what of how many."""
-        return f"{of}{len(self.folders)} seeds" if len(self.folders) > 1 else f"seed {self.hparams[0]['seed']}"
+    def seeds(self, of: str = "", table: str = "") -> str:
+        """The seed; for several, what of how many: of all, or of those that have rows in a table."""
+        seeds = self.tables[table]["seed"].unique() if table else [its["seed"] for its in self.hparams]
+        return f"{of}{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
     @property
     def layers(self) -> list[str]:
         """All layers in order of depth, those at which DIB splits the network but NC1 is not measured among them."""
         names = list(self.tables["nc1"]["layer"].unique())
         before = None
-        for split in self.tables["dib"]["layer"].unique():
+        for split in pd.concat([self.tables[name]["layer"] for name in ("dib", "settle")]).unique():
             if split not in (INPUT, *names):
                 names.insert(names.index(before) + 1 if before in names else 0, split)
             before = split
@@ -151,7 +158,7 @@ def settings(hparams: dict) -> dict:
     from the others.
     """
     found = ("learning_rate",) if hparams.get("tune") else ()
-    beside = ("seed", *ELSEWHERE, *found)
+    beside = ("seed", *ELSEWHERE, *FOLLOWS, *found)
     return {
         name: value
         for name, value in hparams.items()
@@ -171,7 +178,9 @@ def label(flags: dict, others: list[dict], folder: Path) -> str:
 
 
 def text(value: object) -> str:
-    """A flag's value in words, lists without brackets."""
+    """A flag's value in words, lists and dicts without brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {text(its)}" for name, its in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -184,10 +193,12 @@ def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
     joined = {}
     for name in COLUMNS:
         each = [its[name].assign(seed=flags["seed"]) for its, flags in zip(tables, hparams, strict=True)]
-        joined[name] = pd.concat(each, ignore_index=True)
-        if name != "lr_range":
-            joined[name] = joined[name][joined[name]["epoch"] <= last].rename(columns={"split": "layer"})
-    joined["information"] = information(joined["dib"])
+        joined[name] = pd.concat(each, ignore_index=True).rename(columns={"split": "layer"})
+        if name not in OPTIONAL:
+            joined[name] = joined[name][joined[name]["epoch"] <= last]
+    joined["dib"] = with_input_bounded(joined["dib"])
+    joined["information"] = information(joined["dib"], "epoch")
+    joined["settling"] = information(joined["settle"], "steps")
     return Group(label, list(folders), list(hparams), joined, last, epochs or spaced(last, 4))
 
 
@@ -218,10 +229,10 @@ def read(run: Path) -> dict[str, pd.DataFrame]:
     tables = {}
     for name, columns in COLUMNS.items():
         path = run / f"{name}.csv"
-        there = name != "lr_range" or path.exists()
+        there = name not in OPTIONAL or path.exists()
         tables[name] = read_table(path, columns) if there else pd.DataFrame(columns=columns)
-        if there and name == "lr_range" and tables[name].empty:
-            raise ValueError(f"{path} holds no step")
+        if there and name in OPTIONAL and tables[name].empty:
+            raise ValueError(f"{path}, line 2: there is none, expected a {OPTIONAL[name]}")
     if tables["epochs"].empty and tables["lr_range"].empty:
         raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
     return tables
@@ -247,7 +258,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
             bad, expected = ~texts.isin(["train", "test"]), "train or test"
         elif column in WORDS:
             bad, expected = texts == "", "a name"
-        elif column == "epoch":
+        elif column in COUNTS:
             bad, expected = ~texts.str.fullmatch("[1-9][0-9]{,8}"), "a whole number from 1"
             table[column] = pd.to_numeric(texts, errors="coerce")
         else:
@@ -265,17 +276,34 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return table
 
 
-def information(dib: pd.DataFrame) -> pd.DataFrame:
-    """Minimality and sufficiency in bits of every seed, epoch, set and split (layer), in order of depth.
+def with_input_bounded(dib: pd.DataFrame) -> pd.DataFrame:
+    """The heads, those of the input with the least that is known of their labeling at any epoch and split.
 
-    Minimality: the mean over all labelings of all enumerations of entropy - loss; sufficiency: that of the labels.
+    The input has no encoder and does not change: whatever an encoder and a head reached, a decoder of the input can.
     """
-    bits = dib.assign(bits=(dib["entropy"] - dib["loss"]) / log(2))
-    keys = ["seed", "epoch", "set", "layer"]
-    original = bits["labeling"] == "y"
-    minimality = bits[~original].groupby(keys, sort=False)["bits"].mean()
-    sufficiency = bits[original].groupby(keys, sort=False)["bits"].mean()
-    return pd.DataFrame({"minimality": minimality, "sufficiency": sufficiency}).reset_index()
+    least = dib.groupby(["seed", "set", "permutation", "labeling"])["bound"].transform("min")
+    return dib.assign(bound=dib["bound"].where(dib["layer"] != INPUT, least))
+
+
+def information(heads: pd.DataFrame, across: str) -> pd.DataFrame:
+    """Minimality and sufficiency in bits of every seed, set, split (layer) and epoch or steps, in order of depth.
+
+    Minimality: the mean over all labelings of all enumerations of entropy - bound; sufficiency: that of the labels.
+    The columns minimality_by_loss and sufficiency_by_loss have what the heads themselves reached, by entropy - loss.
+    """
+    original = heads["labeling"] == "y"
+    values = heads[["seed", across, "set", "layer"]].copy()
+    keys = list(values)
+    for end, least in (("", "bound"), ("_by_loss", "loss")):
+        bits = (heads["entropy"] - heads[least]) / log(2)
+        values[f"minimality{end}"], values[f"sufficiency{end}"] = bits[~original], bits[original]
+    return values.groupby(keys, sort=False).mean().reset_index()
+
+
+def beaten(dib: pd.DataFrame) -> pd.Series:
+    """The share of each set's heads that were not found: loss not a number, or more than BEATEN bits above bound."""
+    found = (dib["loss"] - dib["bound"]) / log(2) <= BEATEN
+    return 1 - found.groupby(dib["set"]).mean()
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str], value: str, log: bool = False) -> pd.DataFrame:

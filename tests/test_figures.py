@@ -59,11 +59,11 @@ def luminance(colour) -> float:
             ["cross-entropy (nats), test − train", ""],
             "linear",
         ),
-        ("drop", ["", "", "epoch", "epoch"], ["mean of the heads (bits)", "", "largest (bits)", ""], "symlog"),
+        ("settle", ["", "", "steps", "steps"], ["minimality (bits)", "", "sufficiency (bits)", ""], "linear"),
     ],
 )
 def test_axes_have_names_and_units(tmp_path, name, across, up, scale):
-    figure = gallery.figure(name, groups([measured(tmp_path / "run", LAYERS)]))
+    figure = gallery.figure(name, groups([measured(tmp_path / "run", LAYERS, factors=(1, 2))]))
     found = axes(figure, len(across))
     assert [axis.get_xlabel() for axis in found] == across
     assert [axis.get_ylabel() for axis in found] == up
@@ -90,12 +90,91 @@ def test_nc1_is_the_geometric_mean_over_seeds(tmp_path):
 
 
 def test_the_input_is_a_dashed_line_where_it_was_measured(tmp_path):
-    """Decoders tell 0.1 nats from it, and 0.2 more of the class; the drop is 0.01 nats, for the class 4 times that."""
-    found = groups([measured(tmp_path / "run", LAYERS)])
-    for name, expected in (("information", [0.1, 0.1, 0.3, 0.3]), ("drop", [0.02, 0.02, 0.04, 0.04])):
-        shown = [line(axis, "input") for axis in axes(gallery.figure(name, found), 4)]
-        assert [one.get_ydata()[0] for one in shown] == pytest.approx(np.array(expected) / np.log(2))
-        assert {one.get_linestyle() for one in shown} == {"--"}
+    """In epoch 1; in epoch 3 decoders tell 0.3 nats from layers, so from the input too, and 0.2 more of the class."""
+    figure = gallery.figure("information", groups([measured(tmp_path / "run", LAYERS)]))
+    shown = [line(axis, "input") for axis in axes(figure, 4)]
+    assert [one.get_ydata()[0] for one in shown] == pytest.approx(np.array([0.3, 0.3, 0.5, 0.5]) / np.log(2))
+    assert {one.get_linestyle() for one in shown} == {"--"}
+
+
+def hollow(axis) -> dict[str, list]:
+    """The points of the hollow markers by the label of the line that has their marker, in nats."""
+    solid = {one.get_marker(): one.get_label() for one in axis.lines if one.get_linestyle() == "-"} | {"X": "input"}
+    return {
+        solid[one.get_marker()]: [(x, y * np.log(2)) for x, y in one.get_xydata()]
+        for one in axis.lines
+        if str(one.get_markerfacecolor()) == "white" and len(one.get_xdata())
+    }
+
+
+def with_losses_above(run, rows: str, nats: float) -> None:
+    """Set the losses of rows of dib.csv that begin so, all others to their bounds."""
+    dib = pd.read_csv(run / "dib.csv", dtype=str)
+    at = dib.agg(",".join, axis=1).str.startswith(rows)
+    dib["loss"] = np.where(at, dib["bound"].astype(float) + nats, dib["bound"].astype(float))
+    dib.to_csv(run / "dib.csv", index=False)
+
+
+def test_hollow_markers_show_what_decoders_that_were_not_found_reached(tmp_path):
+    """Of the two digits one is 0.01 nats off in every layer; the input in epoch 1 is behind the layers in epoch 3."""
+    figure = gallery.figure("information", groups([measured(tmp_path / "run", LAYERS)]))
+    minimality, _, sufficiency, _ = axes(figure, 4)
+    found = hollow(minimality)
+    assert set(found) == {"input", *LAYERS}
+    for layer in LAYERS:
+        assert found[layer] == [pytest.approx((epoch, 0.1 * epoch - 0.005)) for epoch in (1, 2, 3)]
+    assert hollow(sufficiency) == {"input": [pytest.approx((1, 0.3))]}
+    assert to_rgb(minimality.lines[1].get_color()) == to_rgb(line(minimality, "hidden1").get_color())
+    assert texts(figure) == ["input", *LAYERS, "decoder's own loss"]
+
+
+@pytest.mark.parametrize(("bits", "shown"), [(0.0009, []), (0.0011, ["hidden2"])])
+def test_markers_are_hollow_from_a_thousandth_of_a_bit(tmp_path, bits, shown):
+    run = measured(tmp_path / "run", LAYERS)
+    with_losses_above(run, "2,train,hidden2,0,y", bits * np.log(2))
+    figure = gallery.figure("information", groups([run]))
+    found = [hollow(axis) for axis in axes(figure, 4)]
+    assert [name for name in found[2] if name != "input"] == shown
+    assert [{name for name in each if name != "input"} for each in (*found[:2], found[3])] == [set()] * 3
+
+
+def test_decoders_far_below_do_not_stretch_the_axis_and_are_counted(tmp_path):
+    """Sufficiency is 0.3 to 0.5 nats: 0.02 less is shown, 50 less is not."""
+    views = []
+    for name, nats in (("a", 0), ("b", 0.02), ("c", 50)):
+        run = measured(tmp_path / name, LAYERS)
+        with_losses_above(run, "1,train,hidden2,0,y", nats)
+        figure = gallery.figure("information", groups([run]))
+        views.append((axes(figure, 3)[2].get_ylim(), hollow(axes(figure, 3)[2]).get("hidden2"), texts(figure)[-1]))
+    (own, none, _), (wider, near, plain), (same, far, counted) = views
+    assert (none, near, far) == (None, [pytest.approx((1, 0.28))], None)
+    assert wider[0] < 0.28 / np.log(2) < own[0]
+    assert (wider[1], same) == (own[1], own)
+    assert (plain, counted) == ("decoder's own loss", "decoder's own loss\n(1 further below)")
+
+
+def test_information_by_steps(tmp_path):
+    """0.04 nats a factor for seed 0, 0.048 for seed 2; a digit of the two is 0.01 nats off up to a factor of 2."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2, 4, 8)) for seed in (0, 2)]
+    runs.append(measured(tmp_path / "without", LAYERS, 3))
+    figure = gallery.figure("settle", groups(runs))
+    found = axes(figure, 4)
+    for axis, steps in zip(found, (270, 60, 270, 60), strict=True):
+        figure.canvas.draw()
+        assert axis.get_xscale() == "log"
+        assert axis.get_xticks().tolist() == [steps, 2 * steps, 4 * steps, 8 * steps]
+        for layer in ("input", *LAYERS):
+            assert line(axis, layer).get_xdata().tolist() == axis.get_xticks().tolist()
+            assert line(axis, layer).get_ydata() == pytest.approx(0.044 * np.array([1, 2, 4, 8]) / np.log(2))
+    assert [text.get_text() for text in found[3].get_xticklabels()] == ["60", "120", "240", "480"]
+    assert hollow(found[1])["hidden2"] == [pytest.approx((60, 0.039)), pytest.approx((120, 0.083))]
+    assert hollow(found[3]) == {}
+    band = found[2].collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == pytest.approx(
+        ((0.044 - 0.004 * 2**0.5) / np.log(2), (0.352 + 0.032 * 2**0.5) / np.log(2))
+    )
+    assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nencoder up to"
+    assert texts(figure) == ["input", *LAYERS, "decoder's own loss"]
 
 
 def test_groups_stand_in_one_figure(tmp_path):
@@ -145,7 +224,7 @@ def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
         for name, seed, epochs, data in (("a", 0, 2, "SZT"), ("b", 1, 9, "SZT"), ("c", 2, 30, "MNIST"))
     ]
     (runs[1] / "hparams.json").write_text((runs[1] / "hparams.json").read_text().replace("{", '{"widths": [9], '))
-    for name in ("nc1", "depth", "information", "plane", "gap", "drop"):
+    for name in ("nc1", "depth", "information", "plane", "gap"):
         views = [(axis.get_ylim(), axis.get_xlim()) for axis in axes(gallery.figure(name, groups(runs)), 99)]
         strip = len(views) // 3
         assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]], name
@@ -177,6 +256,29 @@ def test_gaps_are_those_of_each_epoch(tmp_path):
     assert ends[0].get_xydata().tolist() == [pytest.approx([12.5 / 6, 0.5 / 3])]
 
 
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        ({"train": 3481, "test": 615}, "3,481 training and 615 test samples"),
+        (None, "the run does not tell how many samples"),
+        ({"train": 9}, "the run does not tell how many samples"),
+    ],
+)
+def test_minimality_of_unequal_sets_is_not_compared(tmp_path, samples, reason):
+    """In each strip for itself; where there is no NC1 either, there is no figure."""
+    runs = [measured(tmp_path / "a", LAYERS, dib_samples=samples), measured(tmp_path / "b", LAYERS, widths=[9])]
+    figure = gallery.figure("gap", groups(runs))
+    first, second, third, fourth = axes(figure, 4)
+    (said,) = second.texts
+    assert said.get_text().splitlines()[1] == reason + ","
+    assert "--dib-size" in said.get_text()
+    assert (len(second.lines), second.axison) == (0, False)
+    assert all(line(axis, "hidden3") for axis in (first, third, fourth))
+    for run in runs:
+        (run / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1\n")
+    assert [gallery.KINDS["gap"].has(group) for group in groups(runs)] == [False, True]
+
+
 def test_a_track_of_many_epochs_is_thinned_and_spans_of_decades_are_logarithmic(tmp_path):
     """NC1's gap is 25 / epoch: 25 to 0.125, and half of them below 0.25."""
     figure = gallery.figure("gap", groups([measured(tmp_path / "run", LAYERS, epochs=200)]))
@@ -206,20 +308,20 @@ def test_the_arrow_of_time_points_from_early_to_late(tmp_path):
 def test_lines_of_an_epoch_join_the_layers_behind_the_input(tmp_path):
     figure = gallery.figure("plane_by_epoch", groups([measured(tmp_path / "run", LAYERS, epochs=5)]))
     by_epoch = axes(figure)[0].lines
-    told = np.array([[1, 1, 1, 1], [1, 2, 2, 2], [1, 3, 3, 3], [1, 4, 4, 4], [1, 5, 5, 5]])
+    told = np.array([[5, 1, 1, 1], [5, 2, 2, 2], [5, 3, 3, 3], [5, 4, 4, 4], [5, 5, 5, 5]])
     assert np.array([line.get_xdata() for line in by_epoch]) == pytest.approx(0.1 * told / np.log(2))
     assert not gallery.KINDS["plane_by_epoch"].has(groups([measured(tmp_path / "b", LAYERS, data="MNIST")])[0])
 
 
 def test_a_layer_has_one_colour_and_marker_in_every_figure(tmp_path):
     """Also where DIB splits at some of the layers alone; epochs have other colours."""
-    run = measured(tmp_path / "run", DEEP)
+    run = measured(tmp_path / "run", DEEP, factors=(1, 2))
     kept = [row for row in (run / "dib.csv").read_text().splitlines() if "block" not in row or "block9," in row]
     (run / "dib.csv").write_text("\n".join(kept) + "\n")
     found = groups([run])
     lines = [
         line(axis, "block9")
-        for name in ("nc1", "information", "plane", "gap", "drop")
+        for name in ("nc1", "information", "plane", "gap", "settle")
         for axis in axes(gallery.figure(name, found), 2)
     ]
     assert len({(to_rgb(one.get_color()), one.get_marker()) for one in lines}) == 1
@@ -241,12 +343,13 @@ def test_every_layer_of_a_deep_network_is_in_the_plane_by_epoch(tmp_path):
     [
         *(("nc1", name) for name in ("nc1", "depth", "gap")),
         *(("epochs", name) for name in ("training", "gap")),
-        *(("dib", name) for name in ("information", "plane", "plane_by_epoch", "gap", "drop")),
+        *(("dib", name) for name in ("information", "plane", "plane_by_epoch", "gap")),
+        ("settle", "settle"),
     ],
 )
 def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
     """A layer without NC1 throughout (a dead one), a test loss that overflowed, labelings that were not measured."""
-    run = measured(tmp_path / "run", LAYERS)
+    run = measured(tmp_path / "run", LAYERS, factors=(1, 2))
     text = (run / f"{table}.csv").read_text()
     if table == "nc1":
         text = re.sub(r"(hidden3,8),1,.*", r"\1,0,nan", text)
@@ -276,14 +379,20 @@ def test_colours_are_told_apart_in_grey_and_on_paper():
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [*((name, DEEP) for name in gallery.KINDS if name != "lr_range"), ("gap", LAYERS), ("plane", LAYERS)],
+    ("name", "layers", "samples"),
+    [
+        *((name, DEEP, 60) for name in gallery.KINDS if name != "lr_range"),
+        *((name, LAYERS, 60) for name in ("gap", "plane", "settle")),
+        *(("gap", layers, 12345) for layers in (DEEP, LAYERS)),  # too many to be compared
+    ],
 )
-def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, layers):
-    """Of as many layers as ConvNeXt has; of few, with long numbers at the ticks."""
-    run = measured(tmp_path / "run", layers, data="SZT" if name == "plane_by_epoch" else "CIFAR10", epochs=12)
+def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, layers, samples):
+    """Of as many layers as ConvNeXt has; of few, with long numbers at the ticks; with decoders that were not found."""
+    flags = {"data": "SZT" if name == "plane_by_epoch" else "CIFAR10", "dib_samples": {"train": 60, "test": samples}}
+    run = measured(tmp_path / "run", layers, epochs=12, factors=(1, 2, 4, 8), **flags)
     dib = pd.read_csv(run / "dib.csv")
-    dib["loss"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
+    dib["bound"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
+    dib["loss"] = dib["bound"] + np.arange(len(dib)) % 7
     dib.to_csv(run / "dib.csv", index=False)
     figure = gallery.figure(name, groups([run]))
     drawn, draw = [], Text.draw

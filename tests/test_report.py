@@ -22,7 +22,12 @@ def runs(tmp_path_factory):
     """Two seeds of a small network, one with a long name, and one that is as deep as they come."""
     folder = tmp_path_factory.mktemp("<b>&amp;")
     deep = measured(folder / "deep", [f"block{i}" for i in range(1, 20)], model="ConvNeXt", data="CIFAR10")
-    long = measured(folder / "long", LAYERS, optimizer="Adam, and a word or two about its flags, of which it has few")
+    long = measured(
+        folder / "long",
+        LAYERS,
+        factors=(1, 2, 4),
+        optimizer="Adam, and a word or two about its flags, of which it has few",
+    )
     return [*(measured(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)), long, deep]
 
 
@@ -60,6 +65,11 @@ def test_every_figure_and_no_id_twice(page, runs):
     assert all(escape(gallery.KINDS[name].caption) in page.read_text().replace("&#39;", "&#x27;") for name in names)
 
 
+def test_how_well_decoders_were_found_is_said_below_the_table_of_each_group(page):
+    said = r"</table>\s*</div>\s*<p>Of DIB&#39;s decoders in all epochs [\d.]+% \(train set\) and [\d.]+% \(test set\)"
+    assert len(re.findall(said, page.read_text())) == 3
+
+
 def joined(run) -> str:
     return "-".join(run.parts[1:])
 
@@ -71,6 +81,7 @@ def test_the_csvs_are_in_the_page(page, runs):
         if tag == "a"
     }
     expected = {f"{joined(run)}-{name}.csv": run / f"{name}.csv" for run in runs for name in ("epochs", "nc1", "dib")}
+    expected[f"{joined(runs[2])}-settle.csv"] = runs[2] / "settle.csv"
     assert found == {name: path.read_bytes() for name, path in expected.items()}
 
 
@@ -78,6 +89,7 @@ def test_settings_and_texts_of_a_run_are_escaped(page, runs):
     settings = report.settings(groups(runs)).set_index("flag")["MLP on SZT"]
     assert settings["seed"] == "0, 2"
     assert settings["model"] == "MLP"
+    assert settings["dib_samples"] == "train 60, test 60"
     assert settings["run_dir"] == f"{runs[0]}, {runs[1]}"
     assert report.settings(groups(runs)).columns.str[:15].tolist() == [
         "flag",

@@ -49,14 +49,25 @@ def test_a_row_for_each_run_and_one_for_the_mean(tmp_path):
 
 
 def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
-    """NC1 is 100 / 2 / 3 and 100 / 4 / 3; decoders tell 0.3 nats, 0.1 from the input, and 0.2 more of the class."""
+    """NC1 is 100 / 2 / 3 and 100 / 4 / 3; decoders tell 0.3 nats, from the input too, and 0.2 more of the class."""
     (group,) = groups([measured(tmp_path / "run", LAYERS)])
     layers = table.layers(group)
     assert layers["layer"].tolist() == ["input", *LAYERS]
     assert layers["NC1, train"].tolist() == ["–", "16.67", "8.333"]
     assert layers["NC1, test"].tolist() == ["–", "25.00", "12.50"]
-    assert layers["minimality, train (bits)"].tolist() == ["0.1443", "0.4328", "0.4328"]
-    assert layers["sufficiency, test (bits)"].tolist() == ["0.4328", "0.7213", "0.7213"]
+    assert layers["minimality, train (bits)"].tolist() == ["0.4328"] * 3
+    assert layers["sufficiency, test (bits)"].tolist() == ["0.7213"] * 3
+
+
+def test_how_many_decoders_were_not_found_is_said_for_the_sets_there_are(tmp_path):
+    """A third of those of the layers, in each epoch, and all three of the input in the first: 9 of 21 of each set."""
+    run = measured(tmp_path / "run", LAYERS)
+    assert table.heads(*groups([run])).startswith("Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test")
+    text = (run / "dib.csv").read_text()
+    (run / "dib.csv").write_text("".join(row for row in text.splitlines(True) if ",train," not in row))
+    assert table.heads(*groups([run])).startswith("Of DIB's decoders in all epochs 42.9% (test set) ended more")
+    (run / "dib.csv").write_text(text.splitlines(True)[0])
+    assert table.heads(*groups([run])) == ""
 
 
 def test_a_dead_layer_and_a_lost_loss_are_said(tmp_path):
@@ -104,9 +115,11 @@ def test_markdown(written, capsys):
         "MLP on SZT, nonlinearity a|b_c&, epoch 3, seed 0",
     ]
     for block in blocks[1::2]:
-        lines = block.strip().splitlines()
+        lines = block.strip().split("\n\n")[0].splitlines()
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
         assert set(lines[1]) == set("|- ")
+    note = "Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test set) ended more than 0.001 bits above "
+    assert [note in block for block in blocks[1::2]] == [False, True, True]
     assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in blocks[1]
     assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in blocks[1]
 
@@ -114,6 +127,9 @@ def test_markdown(written, capsys):
 def test_latex(written):
     text = (written / "table.tex").read_text()
     assert text.startswith("% needs \\usepackage{booktabs}\n")
+    assert (
+        text.count("\n% Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test set) ended more than ") == 2
+    )
     assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 3
     assert r"\multicolumn{3}{c}{} & \multicolumn{2}{c}{loss (nats)} & \multicolumn{2}{c}{accuracy (\%)} \\" in text
     assert r" & \multicolumn{2}{c}{NC1} & \multicolumn{2}{c}{minimality (bits)} &" in text

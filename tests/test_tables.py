@@ -10,16 +10,24 @@ from analysis import tables
 from tests.toys import measured
 
 EPOCHS = "epoch,set,loss,accuracy,seconds\n1,train,0.7,0.5,1\n1,test,0.7,0.5,1\n2,train,0.6,0.6,1\n2,test,0.6,0.6,1\n"
-DIB = """epoch,set,split,permutation,labeling,entropy,loss,drop
-1,train,input,0,y,0.69,0.1,0.01
-1,train,input,0,0,0.69,0.2,0.01
-1,train,input,0,1,0.60,0.6,0.01
-1,train,hidden1,0,y,0.69,0.2,0.01
-1,train,hidden1,0,0,0.69,0.3,0.01
-1,train,hidden1,0,1,0.60,0.5,0.01
-2,train,hidden1,0,y,0.69,0.1,nan
-2,train,hidden1,0,0,0.69,0.5,nan
-2,train,hidden1,0,1,0.60,0.6,nan
+DIB = """epoch,set,split,permutation,labeling,entropy,loss,bound
+1,train,input,0,y,0.69,0.3,0.2
+1,train,input,0,0,0.69,0.2,0.2
+1,train,input,0,1,0.60,0.6,0.5
+1,train,hidden1,0,y,0.69,0.2,0.2
+1,train,hidden1,0,0,0.69,0.3,0.3
+1,train,hidden1,0,1,0.60,0.5,0.5
+1,test,hidden1,0,0,0.69,0.1,0.1
+2,train,hidden1,0,y,0.69,0.9,0.1
+2,train,hidden1,0,0,0.69,0.5,0.4
+2,train,hidden1,0,1,0.60,0.6,0.4
+2,train,hidden1,1,0,0.69,0.1,0.1
+"""
+SETTLE = """factor,steps,set,split,permutation,labeling,entropy,loss,bound
+1,60,test,hidden1,0,y,0.69,0.4,0.3
+1,60,test,hidden1,0,0,0.69,0.6,0.6
+2,120,test,hidden1,0,y,0.69,0.2,0.2
+2,120,test,hidden1,0,0,0.69,0.6,0.5
 """
 LAYERS = ["hidden1", "hidden2"]
 
@@ -32,16 +40,56 @@ def folder(tmp_path):
 
 
 def test_information_by_hand(folder):
-    """Minimality: the mean of entropy - loss over the digits; sufficiency: that of y; both in bits."""
+    """Minimality: the mean of entropy - bound over the digits; sufficiency: that of y; both in bits.
+
+    What any epoch tells of a labeling bounds the input too: of y 0.1 in epoch 2, of digit 1 0.4; another set (0.1) and
+    another enumeration (0.1 of digit 0) do not.
+    """
     (folder / "dib.csv").write_text(DIB)
     for name in ("epochs", "nc1"):  # as far as those of DIB
         text = (folder / f"{name}.csv").read_text()
         (folder / f"{name}.csv").write_text("".join(row for row in text.splitlines(True) if not row.startswith("3,")))
     (group,) = tables.groups([folder])
-    info = group.tables["information"]
+    info = group.of("information", "train")
     assert info[["seed", "epoch", "layer"]].values.tolist() == [[0, 1, "input"], [0, 1, "hidden1"], [0, 2, "hidden1"]]
-    assert (info["minimality"] * log(2)).tolist() == pytest.approx([0.49 / 2, (0.39 + 0.1) / 2, 0.19 / 2])
-    assert (info["sufficiency"] * log(2)).tolist() == pytest.approx([0.59, 0.49, 0.59])
+    nats = info.filter(regex="minimality|sufficiency") * log(2)
+    assert nats["minimality"].tolist() == pytest.approx([(0.49 + 0.2) / 2, (0.39 + 0.1) / 2, (0.29 + 0.2 + 0.59) / 3])
+    assert nats["sufficiency"].tolist() == pytest.approx([0.59, 0.49, 0.59])
+    assert nats["minimality_by_loss"].tolist() == pytest.approx([0.49 / 2, 0.49 / 2, (0.19 + 0 + 0.59) / 3])
+    assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.39, 0.49, -0.21])
+
+
+def test_the_input_is_bounded_by_the_epochs_shown_and_its_own_seed(tmp_path):
+    """Seed 0 tells 0.1 nats more each epoch, up to 9; seed 2 tells a fifth more than that, up to 2."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, epochs) for seed, epochs in ((0, 9), (2, 2))]
+    info = tables.groups(runs)[0].of("information", "train")
+    assert (info.loc[info["layer"] == "input", "minimality"] * log(2)).tolist() == pytest.approx([0.2, 0.24])
+
+
+def test_information_by_steps_by_hand(folder):
+    (folder / "settle.csv").write_text(SETTLE)
+    settling = tables.groups([folder])[0].tables["settling"]
+    assert settling[["seed", "steps", "set", "layer"]].values.tolist() == [
+        [0, 60, "test", "hidden1"],
+        [0, 120, "test", "hidden1"],
+    ]
+    nats = settling.filter(regex="minimality|sufficiency") * log(2)
+    assert nats["minimality"].tolist() == pytest.approx([0.09, 0.19])
+    assert nats["minimality_by_loss"].tolist() == pytest.approx([0.09, 0.09])
+    assert nats["sufficiency"].tolist() == pytest.approx([0.39, 0.49])
+    assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.29, 0.49])
+
+
+def test_the_share_of_heads_that_were_not_found_by_hand():
+    """0.001 bits are 0.000693 nats: two of the four heads of the training set, the test set's only one."""
+    dib = pd.DataFrame(
+        {
+            "set": ["train", "train", "test", "train", "train"],
+            "loss": [0.5, 0.5006, float("nan"), 0.5008, 3.0],
+            "bound": [0.5, 0.5, 0.5, 0.5, 0.5],
+        }
+    )
+    assert tables.beaten(dib).to_dict() == {"train": 0.5, "test": 1}
 
 
 def test_mean_and_deviation_over_seeds_by_hand():
@@ -80,11 +128,18 @@ def test_a_rate_that_was_found_does_not_set_runs_apart(tmp_path):
     assert len(tables.groups(runs)) == 1
 
 
+def test_the_samples_of_dib_follow_from_other_flags(tmp_path):
+    """They set no runs apart by themselves, and are words where they are shown."""
+    runs = [measured(tmp_path / f"s{n}", LAYERS, n, dib_samples={"train": n, "test": 615}) for n in (3481, 615)]
+    assert [group.label for group in tables.groups(runs)] == ["MLP on SZT"]
+    assert tables.text({"train": 3481, "test": 615}) == "train 3481, test 615"
+
+
 def test_seeds_are_compared_up_to_the_last_epoch_of_all(tmp_path):
     runs = [measured(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
     (group,) = tables.groups(runs)
     assert (group.label, group.last) == ("MLP on SZT, up to epoch 2", 2)
-    assert {name: table["epoch"].max() for name, table in group.tables.items() if name != "lr_range"} == dict.fromkeys(
+    assert {name: table["epoch"].max() for name, table in group.tables.items() if "epoch" in table} == dict.fromkeys(
         ("epochs", "nc1", "dib", "information"), 2
     )
 
@@ -135,10 +190,11 @@ def test_many_flags_that_differ_are_named_by_the_folder(tmp_path):
 
 
 def test_layers_in_order_of_depth_also_those_of_dib_alone(tmp_path):
-    run = measured(tmp_path / "run", ["block3", "block6", "pool"])
-    text = (run / "dib.csv").read_text()
-    (run / "dib.csv").write_text(text.replace("block3", "stem").replace("pool", "block7"))
-    assert tables.groups([run])[0].layers == ["stem", "block3", "block6", "block7", "pool"]
+    run = measured(tmp_path / "run", ["block3", "block6", "pool"], factors=(1,))
+    for name, split in (("dib", "block7"), ("settle", "block8")):
+        text = (run / f"{name}.csv").read_text()
+        (run / f"{name}.csv").write_text(text.replace("block3", "stem").replace("pool", split))
+    assert tables.groups([run])[0].layers == ["stem", "block3", "block6", "block7", "block8", "pool"]
 
 
 @pytest.mark.parametrize(
@@ -243,3 +299,24 @@ def test_names_the_file_and_line_it_cannot_use(folder, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(message)):
         tables.groups([folder])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SETTLE.splitlines()[0] + "\n", "line 2: there is none, expected a head"),
+        (SETTLE.replace("factor,", "times,"), "line 1, lacks the column 'factor': expected factor,steps,set,split,"),
+        (SETTLE.replace("\n1,60", "\n1,0", 1), "line 2: steps is '0', expected a whole number from 1"),
+        (SETTLE.replace("\n2,", "\n1.5,", 1), "line 4: factor is '1.5', expected a whole number from 1"),
+        (SETTLE.replace("0.6,0.5", "0.6,?"), "line 5: bound is '?', expected a number"),
+        (
+            SETTLE + "2,120,test,hidden1,0,0,0.69,0.6,0.5\n",
+            "line 6: factor 2, set test, split hidden1, permutation 0, ",
+        ),
+    ],
+)
+def test_names_what_it_cannot_use_of_a_table_that_a_run_need_not_have(folder, content, message):
+    (folder / "settle.csv").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"settle.csv, {message}")) as refused:
+        tables.groups([folder])
+    assert "\n" not in str(refused.value)
