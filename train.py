@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import dib
+import heads
 import lr_range
 import models
 import nc1
@@ -83,9 +84,7 @@ def make_parser() -> Parser:
     flag("-d", "--data", default="SZT", choices=data.SOURCES, help="data set (%(default)s)")
     flag("-w", "--widths", type=count, nargs="+", metavar="N", help="of the MLP (10 7 5 4 3)")
     flag("-nl", "--nonlinearity", choices=mlp.NONLINEARITIES, help="of the MLP (ReLU)")
-    flag(
-        "-b", "--batch-size", type=count, default=400, metavar="N", help="in training, measuring and DIB (%(default)s)"
-    )
+    flag("-b", "--batch-size", type=count, default=400, metavar="N", help="in training and measuring (%(default)s)")
     flag("-lr", "--learning-rate", type=number(float, 0, strict=True), metavar="X", help=f"({LEARNING_RATE})")
     flag(
         "--tune", nargs="?", const="first", choices=["first", "only"], metavar="only",
@@ -99,6 +98,11 @@ def make_parser() -> Parser:
     flag("--no-nc1", dest="nc1", action="store_false", help="do not measure NC1")
     flag("--no-dib", dest="dib", action="store_false", help="do not measure DIB")
     flag("--dib-epochs", type=count, default=30, metavar="N", help="epochs of DIB's heads (%(default)s)")
+    flag(
+        "--dib-size", type=count, metavar="N", help="samples of each set that DIB measures, as many of each class (all)"
+    )
+    flag("--heads", choices=["tuned", "thesis"], default="tuned", help="how DIB's heads are trained (%(default)s)")
+    flag("--dib-lr", type=number(float, 0, strict=True), metavar="X", help=f"relative, of tuned heads ({heads.RATE})")
     flag("--splits", nargs="+", metavar="NAME", help="last blocks of DIB's encoders (input, for none, and the stages)")
     flag("--labelings", type=count, default=1, metavar="R", help="data order and R - 1 random ones (%(default)s)")
     flag("--precision", choices=PRECISIONS, help="of training (float32; on CUDA bfloat16 or, without it, float16)")
@@ -177,10 +181,10 @@ def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, tor
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 alone can underflow
 
 
-def refuse_small_batches(model: nn.Module, dataset: data.Dataset, batch_size: int) -> None:
-    """Processes share the batches of training, not those of DIB's heads; BatchNorm cannot train on one sample."""
+def refuse_small_batches(model: nn.Module, sizes: list[int], batch_size: int, processes: int = 1) -> None:
+    """ValueError where processes would share batches of fewer samples than a step needs: BatchNorm cannot do with one."""
     least = 1 + any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    for size, processes in ((len(dataset.train), ranks.world()), (len(dataset.train), 1), (len(dataset.test), 1)):
+    for size in sizes:
         smallest = size // ceil(size / batch_size) // processes
         if smallest < least:
             raise ValueError(
@@ -258,6 +262,12 @@ def within_memory(what: str, measure: Callable, batch_size: int, keep_bytes: int
     return measure(batch_size=half, keep_bytes=0)
 
 
+def bytes_to_keep(device: torch.device) -> int:
+    """Of activations, in each of the measures."""
+    free = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else nc1.KEEP_BYTES
+    return min(nc1.KEEP_BYTES, free)
+
+
 def clock(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
@@ -294,7 +304,13 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     model = build().to(device)
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    refuse_small_batches(model, dataset, args.batch_size)
+    refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
+    args.dib_samples = {name: len(split) for name, split in dib_sets(args, dataset).items()}
+    if args.heads == "thesis" and args.dib_lr:
+        raise ValueError(f"--dib-lr {args.dib_lr:g} is for tuned heads, and --heads is thesis")
+    if args.heads == "tuned":
+        args.dib_lr = args.dib_lr or heads.RATE
+    refuse_small_batches(model, list(args.dib_samples.values()), dib_batch_size(args))
     args.sets = [name for name in ("train", "test") if name in args.sets]
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
@@ -323,15 +339,13 @@ def run(
     """Train, evaluate, measure, log and save, epoch by epoch."""
     folder, device, C = Path(args.run_dir), torch.device(args.device), dataset.num_classes
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
-    sets = {"train": dataset.train, "test": dataset.test}
+    sets, dib_samples = {"train": dataset.train, "test": dataset.test}, dib_sets(args, dataset)
     taps, cuts = models.taps(model), models.splits(model, args.splits)
     autocast, _ = mixed_precision(device, args.precision)
     # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
     network = torch.compile(network, dynamic=False) if args.compile else network
-    keep_bytes = nc1.KEEP_BYTES  # of activations, in each of the measures
-    if device.type == "cuda":
-        keep_bytes = min(keep_bytes, torch.cuda.mem_get_info(device)[0] // 3)
+    keep_bytes = bytes_to_keep(device)
     bar = partial(tqdm, leave=False, disable=True if ranks.rank() else None)
 
     for epoch in bar(range(done + 1, args.epochs + 1), desc="epochs", initial=done, total=args.epochs):
@@ -383,32 +397,93 @@ def run(
         seconds["NC1"] = clock(device) - start
 
         start = clock(device)
-        # the split without encoder does not change from epoch to epoch
-        ks = [k for k in cuts.values() if epoch == 1 or k > 0]
+        beaten = {}
         for name in args.sets if args.dib else []:
-            measure = partial(
-                dib.measure_splits, model, ks, sets[name], C, build, make_optimizer, args.dib_epochs,
-                labelings=args.labelings, seed=args.seed, model_epoch=epoch,
-            )  # fmt: skip
-            heads = within_memory(f"DIB of the {name} set", measure, args.batch_size, keep_bytes)
-            rows["dib.csv"] += [(epoch, name, cut, *head) for cut, k in cuts.items() for head in heads.get(k, [])]
+            found = measure_dib(
+                args,
+                name,
+                dib_samples[name],
+                model,
+                dib_splits(cuts, epoch),
+                C,
+                build,
+                make_optimizer,
+                epoch,
+                keep_bytes,
+            )
+            rows["dib.csv"] += [(epoch, name, cut, *head) for cut, k in cuts.items() for head in found.get(k, [])]
+            beaten[name] = dib.beaten(head for of_split in found.values() for head in of_split)
         seconds["DIB"] = clock(device) - start
 
         # an epoch counts once its checkpoint stands: rows beyond it are dropped by --resume
         if ranks.rank() == 0:
             runs.append(folder, rows)
             runs.save(folder, epoch, hparams_of(args), device, parts)
-            tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, seconds))
+            tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, beaten, seconds))
             sys.stdout.flush()
 
 
-def summary(epoch: str, scores: dict, collapse: dict, seconds: dict[str, float]) -> str:
-    """The line of an epoch: train (test) figures, NC1 at the deepest tap, and where the time went."""
+def dib_sets(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, data.Split]:
+    """The samples of each set that DIB measures: all, or --dib-size of them."""
+    sets = {"train": dataset.train, "test": dataset.test}
+    if args.dib_size is None:
+        return sets
+    what = f"--dib-size of the {args.data} {{}} set"
+    return {name: split.some(args.dib_size, dataset.num_classes, what.format(name)) for name, split in sets.items()}
+
+
+def dib_batch_size(args: argparse.Namespace) -> int:
+    return args.batch_size if args.heads == "thesis" else heads.BATCH
+
+
+def dib_splits(cuts: dict[str, int], epoch: int) -> list[int]:
+    """The splits measured in an epoch: the one without encoder does not change, and is measured in the first alone."""
+    return [k for k in cuts.values() if epoch == 1 or k > 0]
+
+
+def measure_dib(
+    args: argparse.Namespace,
+    name: str,
+    samples: data.Split,
+    model: nn.Sequential,
+    ks: list[int],
+    num_classes: int,
+    build: Callable,
+    make_optimizer: Callable,
+    epoch: int,
+    keep_bytes: int,
+    factor: int = 1,
+) -> dict[int, list[dib.Head]]:
+    """{k: DIB's heads of the split at k} on one set, after so many times the steps that the run's flags give."""
+    if args.heads == "thesis":
+        recipe = heads.Thesis(make_optimizer, factor * args.dib_epochs)
+    else:  # on either set the steps of the training set: sets compare only after the same number of them
+        recipe = heads.Tuned(factor * heads.steps(args.dib_epochs, args.dib_samples["train"]), args.dib_lr)
+    measure = partial(
+        dib.measure_splits,
+        model,
+        ks,
+        samples,
+        num_classes,
+        build,
+        recipe,
+        labelings=args.labelings,
+        seed=args.seed,
+        model_epoch=epoch,
+    )
+    return within_memory(f"DIB of the {name} set", measure, dib_batch_size(args), keep_bytes)
+
+
+def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dict[str, float]) -> str:
+    """The line of an epoch: train (test) figures, NC1 at the deepest tap, the share of heads that are known not to have
+    been found, and where the time went."""
     (train_loss, train_accuracy), (test_loss, test_accuracy) = scores["train"], scores["test"]
     parts = [f"loss {train_loss:.4f} ({test_loss:.4f})  accuracy {train_accuracy:.2%} ({test_accuracy:.2%})"]
     for name, values in collapse.items():
         layer, (_, _, value) = list(values.items())[-1]
         parts.append(f"NC1 {name} {layer} {value:.4g}")
+    if beaten:
+        parts.append("heads beaten " + ", ".join(f"{name} {share:.0%}" for name, share in beaten.items()))
     parts.append(", ".join(f"{part} {seconds[part]:.1f} s" for part in ("train", "NC1", "DIB")))
     return f"epoch {epoch}  " + "  ".join(parts)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data import images, szt
-from data.stratify import choose
+from data.stratify import choose_evenly
 
 SOURCES: dict[str, Callable[[str, bool], tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {
     "SZT": szt.load,
@@ -31,6 +31,11 @@ class Split:
         if not x.is_floating_point():
             x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return x, self.labels[indices]
+
+    def some(self, size: int, num_classes: int, what: str) -> "Split":
+        """So many of these samples, as many of each class, a fixed choice; `what` names them where that cannot be."""
+        chosen = choose_evenly(self.labels.cpu(), size, num_classes, what).to(self.labels.device)
+        return Split(self.inputs[chosen], self.labels[chosen], self.mean, self.std)
 
 
 @dataclass
@@ -58,13 +63,7 @@ def load(
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
     x_train, y_train, x_test, y_test, num_classes = SOURCES[name](root, download)
     if train_size is not None:
-        each, rest = divmod(train_size, num_classes)
-        most = num_classes * torch.bincount(y_train, minlength=num_classes).min().item()
-        if rest or not 0 < train_size <= most:
-            raise ValueError(
-                f"the training size of {name} must be a multiple of {num_classes} up to {most}, got {train_size}"
-            )
-        chosen = choose(y_train, [each] * num_classes)
+        chosen = choose_evenly(y_train, train_size, num_classes, f"the training size of {name}")
         x_train, y_train = x_train[chosen], y_train[chosen]
     mean, std = _moments(x_train)
     train, test = (Split(*(t.to(device) for t in (x, y, mean, std))) for x, y in ((x_train, y_train), (x_test, y_test)))

@@ -15,3 +15,15 @@ def choose(labels: Tensor, sizes: list[int]) -> Tensor:
     for c, size in enumerate(sizes):
         chosen[shuffled[labels[shuffled] == c][:size]] = True
     return chosen
+
+
+def choose_evenly(labels: Tensor, size: int, num_classes: int, what: str) -> Tensor:
+    """A mask (N,) bool of size samples, as many of each class, drawn once and for all.
+
+    Raises ValueError, naming what is chosen, for a size that is no multiple of num_classes or that a class cannot fill.
+    """
+    each, rest = divmod(size, num_classes)
+    most = num_classes * torch.bincount(labels, minlength=num_classes).min().item()
+    if rest or not 0 < size <= most:
+        raise ValueError(f"{what} must be a multiple of {num_classes} up to {most}, got {size}")
+    return choose(labels, [each] * num_classes)

@@ -26,7 +26,7 @@ def build(input_shape: tuple[int, ...], num_classes: int, whitening: Tensor | No
     model.add_module("pool", nn.Sequential(nn.MaxPool2d(3), nn.Flatten()))
     classifier = nn.Linear(fan_in, num_classes, bias=False)
     classifier.weight.data /= classifier.weight.data.std()
-    model.add_module("classifier", nn.Sequential(classifier, _Divide(fan_in)))
+    model.add_module("classifier", nn.Sequential(_Divide(fan_in), classifier))
     model.tap_names = ("group1", "group2", "group3", "pool")
     model.split_names = ("group1", "group2", "group3")
     return model
@@ -67,6 +67,8 @@ def _norm(width: int) -> nn.BatchNorm2d:
 
 
 class _Divide(nn.Module):
+    """The source divides the logits, which is the same: 256 is a power of two, so that not a bit of them differs."""
+
     def __init__(self, by: float):
         super().__init__()
         self.by = by
