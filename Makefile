@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train lr-range sweep plots report table test test-slow check-gpu bench lock lint
+.PHONY: help venv train lr-range sweep settle plots report table test test-slow check-gpu bench lock lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lr-range: $(VENV) ## the learning-rate range test alone, and its figure: MODEL=M
 
 sweep: $(VENV) ## the runs of several seeds, begun, gone on with or skipped: SEEDS=5 MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python sweep.py $(SEEDS) --model $(MODEL) --data $(DATA) $(ARGS)
+
+settle: $(VENV) ## how many steps DIB's heads need, from a run's checkpoint: RUN=runs/a (the newest)
+	@.venv/bin/python settle.py $(RUN) $(ARGS)
 
 plots: $(VENV) ## draw runs: RUN="runs/a runs/b" (the newest) ARGS="--epochs 1 10 100 --out folder"
 	@.venv/bin/python -m analysis.plots $(RUN) $(ARGS)

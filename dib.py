@@ -1,17 +1,18 @@
 """DIB: the decodable (V-) information that an encoder leaves to the decoders of its own architecture.
 
-For a split of a model into encoder E = model[:k] and decoder D = model[k:], E is frozen with the weights it has, and V_k
-is every function that D can be: any trainable parameters, any buffers, in eval mode. For a labeling t of the samples
+For a split of a model into encoder E = model[:k] and decoder D = model[k:], E is frozen with the weights it has. V_k is
+every function that D can be: any trainable parameters, any buffers, in eval mode. For a labeling t of the samples
 
     H_V(t) = inf over V_k of the mean cross-entropy of t given E(x),     H(t) - H_V(t)
 
-is the information about t that a decoder can use, H being the empirical entropy, in nats. Averaged over the labelings of
-relabel.py, which tell apart the samples of a class, it is the minimality; for the original labels it is the sufficiency
-(Dubois et al., NeurIPS 2020, arXiv 2009.12789). It is the information of these samples, which grows as they are fewer.
+is the information about t that a decoder can use, H being the empirical entropy, in nats. Averaged over the labelings
+of relabel.py, which tell apart the samples of a class, it is the minimality; for the original labels it is the
+sufficiency (Dubois et al., NeurIPS 2020, arXiv 2009.12789). It is the information of these samples, and grows as they
+are fewer.
 
-H_V is not known, but every decoder's loss is above it. A head, a copy of D initialised anew, is trained on E(x), and
-`loss` is its mean cross-entropy over all samples with its final weights: how that was reached does not matter (heads.py),
-lower is better. `bound` is the least that is known of H_V, from this head and from what follows without training:
+H_V is not known, but no decoder's loss is below it. A head, a copy of D initialised anew, is trained on E(x), and
+`loss` is its mean cross-entropy over all samples with its final weights: how that was reached does not matter
+(heads.py), lower is better. `bound` is the least that is known, from this head and from what needs no training:
 
 1. A block, frozen as it is, before a head of a deeper split is a decoder, too.
 2. So is the network's own decoder, for the original labels.
@@ -64,11 +65,12 @@ def measure_splits(
 ) -> dict[int, list[Head]]:
     """{k: the heads of the split at k}: for the original labels first, then for every digit of every enumeration.
 
-    samples: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly as
-    at construction, from torch's global generators. recipe: how heads are trained. labelings counts the enumerations of
-    each class: the first in data order, the others in random orders that depend on seed alone. Heads draw their weights
-    by seed, model_epoch, k and their labeling, their batches, the same for all, by seed and model_epoch. batch_size is
-    that of training and of every pass. keep_bytes bounds the encodings kept at a time, beside those they are made from.
+    samples: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly
+    as at construction, from torch's global generators. recipe: how heads are trained. labelings counts the enumerations
+    of each class: the first in data order, the others in random orders that depend on seed alone. Heads draw their
+    weights by seed, model_epoch, k and their labeling, their batches, the same for all, by seed and model_epoch.
+    batch_size is that of training and of every pass. keep_bytes bounds the encodings kept at a time, beside those they
+    are made from.
     Processes that torchrun started share the heads, and must all call.
     The model, its modes and gradients and all global random states are left as they were.
     Raises ValueError for labelings below 1, a k that leaves no decoder, and what relabel refuses.

@@ -1,7 +1,7 @@
 """How decoders are trained, many at once: found for dib.py, which says what is measured with them.
 
-A recipe is Tuned, which looks for the least loss, or Thesis, the algorithm as first written. Heads are independent: each
-becomes what it would be alone, from the same start and on the same batches. They train together in a Bundle: fully
+A recipe is Tuned, which looks for the least loss, or Thesis, the algorithm as first written. Heads are independent:
+each becomes what it would be alone, from the same start and on the same batches. They train together in a Bundle: fully
 connected ones stacked, a product a layer, others one by one.
 """
 
@@ -238,9 +238,9 @@ class Thesis:
 class Tuned:
     """Heads that look for the least loss, in the same way for every architecture.
 
-    Adam has a rate for each parameter, relative to its size (parameter_sizes). Plain heads, which can be born dead or get
-    stuck, have several starts, cut down by their training losses. Inputs are standardised. BatchNorm's statistics are
-    taken anew for the weights that a head ends with. Linear heads are not trained: they are the optimum.
+    Adam has a rate for each parameter, relative to its size (parameter_sizes). Plain heads, which can be born dead or
+    get stuck, have several starts, cut down by their training losses. Inputs are standardised. BatchNorm's statistics
+    are taken anew for the weights that a head ends with. Linear heads are not trained: they are the optimum.
     """
 
     steps: int = 600
@@ -260,7 +260,7 @@ class Tuned:
         return self.CUTS[0][0] if is_plain(decoder) else 1
 
     def train(self, bundle: Bundle, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
-        """The loss that each head reaches, (H,) float64, for H starts() times as many heads, whose starts are adjacent."""
+        """The loss that each head reaches, (H,) float64; its starts() stand together in the bundle."""
         rates = {name: self.rate * sizes[name] for name in bundle.parameters()}
         groups = [{"params": those, "lr": rates[name]} for name, those in bundle.parameters().items()]
         optimizer = torch.optim.Adam(groups, betas=self.BETAS, fused=True)
@@ -297,9 +297,9 @@ def best(losses: Tensor, starts: int, kept: int) -> Tensor:
 def parameter_sizes(model: nn.Module) -> dict[str, float]:
     """{name: how large a parameter is, to which its rate is relative}, from a model as it is constructed.
 
-    The root mean square of all that was drawn at random in its module; where nothing was (the ones and zeros of a norm),
-    of the module's parameters, but at most 0.1; in any case at least 0.01. A step moves all inputs of a unit at once, so
-    that a unit of more than 256 of them counts as smaller.
+    The root mean square of all that was drawn at random in its module; where nothing was (the ones and zeros of a
+    norm), that of the module's parameters, but at most 0.1; in any case at least 0.01. A step moves all inputs of a unit at
+    once: beyond 256 of them the size is smaller.
     """
     sizes = {}
     for prefix, module in model.named_modules():

@@ -25,6 +25,9 @@ COLUMNS = {
 # Of a run that began with a range test; chosen is 1 at the rate that the run then has.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
 
+# Of the heads of the last epoch, trained longer (settle.py).
+SETTLE = "factor,steps,set,split,permutation,labeling,entropy,loss,bound"
+
 # What may change when a run is resumed: how far to go, where things are, the versions and the processes.
 MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision", "processes")
 

@@ -12,8 +12,9 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from math import ceil, isfinite
@@ -182,7 +183,7 @@ def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, tor
 
 
 def refuse_small_batches(model: nn.Module, sizes: list[int], batch_size: int, processes: int = 1) -> None:
-    """ValueError where processes would share batches of fewer samples than a step needs: BatchNorm cannot do with one."""
+    """ValueError where a process gets batches of fewer samples than a step needs; BatchNorm cannot do with one."""
     least = 1 + any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for size in sizes:
         smallest = size // ceil(size / batch_size) // processes
@@ -340,7 +341,7 @@ def run(
     folder, device, C = Path(args.run_dir), torch.device(args.device), dataset.num_classes
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     sets, dib_samples = {"train": dataset.train, "test": dataset.test}, dib_sets(args, dataset)
-    taps, cuts = models.taps(model), models.splits(model, args.splits)
+    taps = models.taps(model)
     autocast, _ = mixed_precision(device, args.precision)
     # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
@@ -397,22 +398,9 @@ def run(
         seconds["NC1"] = clock(device) - start
 
         start = clock(device)
-        beaten = {}
-        for name in args.sets if args.dib else []:
-            found = measure_dib(
-                args,
-                name,
-                dib_samples[name],
-                model,
-                dib_splits(cuts, epoch),
-                C,
-                build,
-                make_optimizer,
-                epoch,
-                keep_bytes,
-            )
-            rows["dib.csv"] += [(epoch, name, cut, *head) for cut, k in cuts.items() for head in found.get(k, [])]
-            beaten[name] = dib.beaten(head for of_split in found.values() for head in of_split)
+        found = measure_dib(args, dib_samples, C, model, build, make_optimizer, epoch) if args.dib else []
+        rows["dib.csv"] = [(epoch, name, split, *head) for name, split, head in found]
+        beaten = {name: dib.beaten(head for of, _, head in found if of == name) for name in args.sets if found}
         seconds["DIB"] = clock(device) - start
 
         # an epoch counts once its checkpoint stands: rows beyond it are dropped by --resume
@@ -436,42 +424,40 @@ def dib_batch_size(args: argparse.Namespace) -> int:
     return args.batch_size if args.heads == "thesis" else heads.BATCH
 
 
-def dib_splits(cuts: dict[str, int], epoch: int) -> list[int]:
-    """The splits measured in an epoch: the one without encoder does not change, and is measured in the first alone."""
-    return [k for k in cuts.values() if epoch == 1 or k > 0]
+def dib_steps(args: argparse.Namespace, name: str) -> int:
+    """The steps of DIB's heads on a set: sets compare only after the same number, and tuned heads take it on both."""
+    if args.heads == "thesis":
+        return args.dib_epochs * ceil(args.dib_samples[name] / args.batch_size)
+    return heads.steps(args.dib_epochs, args.dib_samples["train"])
 
 
 def measure_dib(
     args: argparse.Namespace,
-    name: str,
-    samples: data.Split,
-    model: nn.Sequential,
-    ks: list[int],
+    sets: dict[str, data.Split],
     num_classes: int,
+    model: nn.Sequential,
     build: Callable,
     make_optimizer: Callable,
     epoch: int,
-    keep_bytes: int,
     factor: int = 1,
-) -> dict[int, list[dib.Head]]:
-    """{k: DIB's heads of the split at k} on one set, after so many times the steps that the run's flags give."""
+) -> list[tuple[str, str, dib.Head]]:
+    """(set, split, head) of all heads of an epoch, trained for so many times the steps that the flags give.
+
+    The split without encoder does not change, and is measured in the first epoch alone.
+    """
     if args.heads == "thesis":
         recipe = heads.Thesis(make_optimizer, factor * args.dib_epochs)
-    else:  # on either set the steps of the training set: sets compare only after the same number of them
-        recipe = heads.Tuned(factor * heads.steps(args.dib_epochs, args.dib_samples["train"]), args.dib_lr)
-    measure = partial(
-        dib.measure_splits,
-        model,
-        ks,
-        samples,
-        num_classes,
-        build,
-        recipe,
-        labelings=args.labelings,
-        seed=args.seed,
-        model_epoch=epoch,
-    )
-    return within_memory(f"DIB of the {name} set", measure, dib_batch_size(args), keep_bytes)
+    else:
+        recipe = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr)
+    names = {k: name for name, k in models.splits(model, args.splits).items() if epoch == 1 or k > 0}
+    options = {"labelings": args.labelings, "seed": args.seed, "model_epoch": epoch}
+    rows = []
+    for name in args.sets:
+        measure = partial(dib.measure_splits, model, names, sets[name], num_classes, build, recipe, **options)
+        keep_bytes = bytes_to_keep(torch.device(args.device))
+        found = within_memory(f"DIB of the {name} set", measure, dib_batch_size(args), keep_bytes)
+        rows += [(name, names[k], head) for k, of_split in found.items() for head in of_split]
+    return rows
 
 
 def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dict[str, float]) -> str:
@@ -489,7 +475,7 @@ def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dic
 
 
 class Stop(BaseException):
-    """SIGINT or SIGTERM: raised at once, as an epoch in flight is done again from its start anyway."""
+    """SIGINT or SIGTERM: raised at once, as what is in flight is done again from its start anyway."""
 
 
 def stop(number: int, frame: object) -> None:
@@ -498,58 +484,80 @@ def stop(number: int, frame: object) -> None:
     raise Stop(number)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    folder, running, done, kept = run_folder(args), False, 0, ""
+def catch_signals() -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+@dataclass
+class Progress:
+    """What a program says when it ends early: what is kept, once it is running, and how it goes on."""
+
+    kept: str
+    go_on: str
+    running: bool = False
+
+
+@contextmanager
+def one_line(parser: Parser, progress: Progress) -> Iterator[None]:
+    """Whatever ends the program is said in one line: 2 for what is refused, 1 for what fails, 128 + n for a signal."""
     try:
-        ranks.join()
-        first, refusal = ranks.rank() == 0, None  # the first process is the only one that writes
-        with ExitStack() as stack:
-            try:
-                if args.resume:
-                    if first:
-                        stack.enter_context(runs.locked(folder))
-                    state = runs.load(folder)
-                    args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
-                elif first:
-                    runs.refuse_existing(folder)
-                dataset, build, make_optimizer, parts, steps = prepare(args)
-                device, hparams = torch.device(args.device), hparams_of(args)
-                if args.resume:
-                    runs.restore(folder, state, device, parts)
-            except (ValueError, OSError) as error:
-                refusal = str(error)
-            ranks.agree(refusal)
-            if args.resume and first:
-                runs.resume(folder, state, hparams, device, parts)
-            elif first:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(runs.locked(folder))
-                runs.start(folder, hparams, device, parts, steps)
-            if steps and first:
-                tqdm.write(f"learning rate {args.learning_rate:.3g}, by the range test: {folder / 'lr_range.csv'}")
-            running, kept = True, f"; finished epochs are kept in {folder}"
-            if args.tune != "only":
-                run(args, dataset, build, make_optimizer, parts, done)
-        if first:
-            print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
-        ranks.leave()
+        yield
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if not running:
+        if not progress.running:
             ranks.leave()  # all refuse together, and a process that only ended would be aborted
-        parser.end(1 if running else 2, f"error: {error}{kept}")
+            parser.end(2, f"error: {error}")
+        parser.end(1, f"error: {error}; {progress.kept}")
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
+        kept = f"; {progress.kept}" if progress.running else ""
         parser.end(1, f"error: process {ranks.rank()} has lost another one{kept}")
     except Stop as stopped:
-        go_on = ", and the same command with --resume goes on from them" if running else " before the run began"
         number = stopped.args[0]
-        parser.end(128 + number, f"stopped by {signal.Signals(number).name}{kept}{go_on}")
+        rest = f"; {progress.kept}, {progress.go_on}" if progress.running else " before the run began"
+        parser.end(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    folder, done = run_folder(args), 0
+    progress = Progress(f"finished epochs are kept in {folder}", "and the same command with --resume goes on from them")
+    with one_line(parser, progress), ExitStack() as stack:
+        ranks.join()
+        first, refusal = ranks.rank() == 0, None  # the first process is the only one that writes
+        try:
+            if args.resume:
+                if first:
+                    stack.enter_context(runs.locked(folder))
+                state = runs.load(folder)
+                args, done = adopt_flags(parser, arguments, folder, state["hparams"]), state["epoch"]
+            elif first:
+                runs.refuse_existing(folder)
+            dataset, build, make_optimizer, parts, steps = prepare(args)
+            device, hparams = torch.device(args.device), hparams_of(args)
+            if args.resume:
+                runs.restore(folder, state, device, parts)
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+        ranks.agree(refusal)
+        if args.resume and first:
+            runs.resume(folder, state, hparams, device, parts)
+        elif first:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(runs.locked(folder))
+            runs.start(folder, hparams, device, parts, steps)
+        if steps and first:
+            tqdm.write(f"learning rate {args.learning_rate:.3g}, by the range test: {folder / 'lr_range.csv'}")
+        progress.running = True
+        if args.tune != "only":
+            run(args, dataset, build, make_optimizer, parts, done)
+        if first:
+            print(f"done: the run is in {folder}; make plots RUN={folder} draws it")
+        ranks.leave()
 
 
 if __name__ == "__main__":
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    catch_signals()
     main()

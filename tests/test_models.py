@@ -4,6 +4,7 @@ import torchvision
 from torch import nn
 
 import dib
+import heads
 import models
 from models import cifarnet
 from tests.toys import clusters
@@ -136,9 +137,9 @@ def test_cifarnet_is_that_of_its_source():
     x = images((24, 9, 9))
     assert torch.equal(first(x)[:, :24], x)  # the identity part
     assert torch.equal(second.weight, nn.init.dirac_(torch.empty_like(second.weight)))
-    assert model.classifier[0].weight.std().item() == pytest.approx(1)
+    assert model.classifier[1].weight.std().item() == pytest.approx(1)
     z = images((256,))
-    torch.testing.assert_close(model.classifier(z), z @ model.classifier[0].weight.T / 256)
+    assert torch.equal(model.classifier(z[None]), z[None] @ model.classifier[1].weight.T / 256)  # to the bit
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 6
     assert all([name for name, _ in norm.named_parameters()] == ["bias"] for norm in norms)
@@ -157,8 +158,9 @@ def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
         tensor.data.fill_(7)
     split = clusters(20, 784, 10)
     split.x = split.x.view(20, *GREY)
-    monkeypatch.setattr(dib, "train", lambda heads, *_: seen.extend(heads[0]) or (torch.zeros(2),) * 2)
-    dib.measure(model, 0, split, 10, build, torch.optim.SGD)
+    monkeypatch.setattr(heads.Tuned, "train", lambda _, bundle, *rest: seen.extend(bundle.modules()) or torch.zeros(2))
+    monkeypatch.setattr(heads.Tuned, "starts", lambda *_: 1)
+    dib.measure(model, 0, split, 10, build)
     assert len(seen) == 2
     for tensor in (*seen[0].parameters(), *seen[0].buffers()):
         assert not (tensor == 7).any()
