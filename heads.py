@@ -298,8 +298,8 @@ def parameter_sizes(model: nn.Module) -> dict[str, float]:
     """{name: how large a parameter is, to which its rate is relative}, from a model as it is constructed.
 
     The root mean square of all that was drawn at random in its module; where nothing was (the ones and zeros of a
-    norm), that of the module's parameters, but at most 0.1; in any case at least 0.01. A step moves all inputs of a unit at
-    once: beyond 256 of them the size is smaller.
+    norm), that of the module's parameters, but at most 0.1; in any case at least 0.01. A step moves all inputs of a
+    unit at once: beyond 256 of them the size is smaller.
     """
     sizes = {}
     for prefix, module in model.named_modules():

@@ -307,11 +307,12 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
         torch.set_num_threads(1)
     refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
     args.dib_samples = {name: len(split) for name, split in dib_sets(args, dataset).items()}
-    if args.heads == "thesis" and args.dib_lr:
-        raise ValueError(f"--dib-lr {args.dib_lr:g} is for tuned heads, and --heads is thesis")
-    if args.heads == "tuned":
+    if args.heads == "thesis":
+        if args.dib_lr:
+            raise ValueError(f"--dib-lr {args.dib_lr:g} is for tuned heads, and --heads is thesis")
+        refuse_small_batches(model, list(args.dib_samples.values()), args.batch_size)
+    else:
         args.dib_lr = args.dib_lr or heads.RATE
-    refuse_small_batches(model, list(args.dib_samples.values()), dib_batch_size(args))
     args.sets = [name for name in ("train", "test") if name in args.sets]
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)

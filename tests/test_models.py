@@ -175,7 +175,7 @@ def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
         identity = nn.init.dirac_(torch.empty(256, 256, 3, 3))
         assert all(torch.equal(head.group3[0].weight, identity) for head in seen)
         assert all((head.whiten[0].weight == 0.5).all() for head in seen)
-        drawn = [(head.group1[0].weight[8:], head.classifier[0].weight) for head in seen]  # what is not the identity
+        drawn = [(head.group1[0].weight[8:], head.classifier[1].weight) for head in seen]  # what is not the identity
         drawn = list(zip(*drawn, strict=True))
     assert not any(torch.equal(a, b) for a, b in drawn if a.unique().numel() > 1)
 

@@ -316,7 +316,7 @@ def test_signals_stop_the_run_and_say_how_to_go_on(tmp_path, name, status):
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    flags, draw = ["--epochs", "400", "--dib-epochs", "2"], random.Random(0)
+    flags, draw = ["--epochs", "400", "--dib-epochs", "2", "--heads", "thesis"], random.Random(0)
     train.main([*TINY, *flags, "--run-dir", str(tmp_path / "whole")])
     kills, begun = 0, False
     while kills < 20:

@@ -10,6 +10,8 @@ import torch
 import torchvision
 
 import data
+import dib
+import heads
 import models
 import nc1
 import runs
@@ -45,7 +47,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     tables = run(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
     assert [",".join(t.columns) for t in tables.values()] == list(runs.COLUMNS.values())
-    epochs, collapse, heads = tables.values()
+    epochs, collapse, decoders = tables.values()
     assert epochs[["epoch", "set"]].values.tolist() == [[1, "train"], [1, "test"], [2, "train"], [2, "test"]]
     assert (epochs["loss"] > 0).all()
     assert epochs["accuracy"].between(0, 1).all()
@@ -67,7 +69,7 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
         if e == 1 or cut != "input"  # measured once: no encoder, nothing to change
         for p, labeling in [(0, "y")] + [(p, str(k)) for p in (0, 1) for k in range(D[s])]
     ]
-    assert heads[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
+    assert decoders[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
 
     hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
     assert hparams["widths"] == [4, 3]
@@ -98,6 +100,43 @@ def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
         assert row["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
         values = tables["nc1.csv"].loc[name, "nc1"].tolist()
         assert values == pytest.approx([v for *_, v in nc1.measure(model, models.taps(model), split, 2).values()])
+
+
+@pytest.mark.parametrize("size", [None, 100])
+@pytest.mark.parametrize("kind", ["tuned", "thesis"])
+def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, size):
+    """Tuned heads take the steps of the training set on both, thesis heads the network's batches and epochs of each."""
+    seen = []
+
+    def watch(model, ks, samples, C, fresh, recipe, batch_size, **rest):
+        seen.append((len(samples), batch_size, recipe))
+        assert size is None or torch.bincount(samples.labels).tolist() == [50, 50]
+        return {k: [dib.Head(0, "y", 1.0, 1.0, 0.5), dib.Head(0, 0, 1.0, 0.5, 0.5)] for k in ks}
+
+    monkeypatch.setattr(dib, "measure_splits", watch)
+    flags = ["--epochs", "1", "--heads", kind, "-b", "60", "-opt", "SGD", "-lr", "0.5", "--dib-epochs", "3"]
+    flags += ["--dib-size", str(size)] if size else []
+    run(tmp_path / "run", "-d", "SZT", *flags, *(["--dib-lr", "0.3"] if kind == "tuned" else []))
+    sizes = [size, size] if size else [3481, 615]
+    assert [N for N, *_ in seen] == sizes
+    for _, batch_size, recipe in seen:
+        if kind == "tuned":
+            assert (batch_size, recipe) == (400, heads.Tuned(3 * 20, 0.3))  # 9 batches, or 1, and 20 are the least
+        else:
+            assert (batch_size, recipe.epochs) == (60, 3)
+            made = recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            assert (type(made), made.defaults["lr"]) == (torch.optim.SGD, 0.5)
+    hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
+    assert hparams["dib_samples"] == {"train": sizes[0], "test": sizes[1]}
+    assert (hparams["heads"], hparams["dib_lr"]) == (kind, 0.3 if kind == "tuned" else None)
+
+
+def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monkeypatch, capsys):
+    one = {"train": 0.5 + 1.1 * dib.BEATEN, "test": 0.5 + 0.9 * dib.BEATEN}
+    found = [(name, "hidden1", dib.Head(0, 0, 1.0, loss, 0.5)) for name in one for loss in (0.5, 0.5, one[name])]
+    monkeypatch.setattr(train, "measure_dib", lambda *_: found)
+    run(tmp_path / "run", "--epochs", "1")
+    assert "  heads beaten train 33%, test 0%  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -195,6 +234,11 @@ def test_never_overwrites_a_run(tmp_path, capsys):
         (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),
         (["--train-size", "7"], "the training size of SZT must be a multiple of 2 up to 3362, got 7"),
         (["--train-size", "4000"], "the training size of SZT must be a multiple of 2 up to 3362, got 4000"),
+        (["--dib-size", "7"], "--dib-size of the SZT train set must be a multiple of 2 up to 3362, got 7"),
+        (["--dib-size", "600"], "--dib-size of the SZT test set must be a multiple of 2 up to 594, got 600"),
+        (["--heads", "longer"], "invalid choice: 'longer'"),
+        (["--heads", "thesis", "--dib-lr", "0.1"], "--dib-lr 0.1 is for tuned heads, and --heads is thesis"),
+        (["--dib-lr", "0"], "--dib-lr: expected a number above 0, got 0"),
         (["--model", "ResNet"], "--widths and --nonlinearity are for MLP, and the model is ResNet"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--run-dir", "/proc/nowhere"], "No such file or directory: '/proc/nowhere'"),
