@@ -22,7 +22,7 @@ H_V is not known, but no decoder's loss is below it. A head, a copy of D initial
 import copy
 import hashlib
 from collections.abc import Callable, Iterable
-from math import inf, log
+from math import inf, isfinite, log, nan
 from typing import NamedTuple
 
 import torch
@@ -138,7 +138,7 @@ def bound(
             deeper = [inf] * len(entropies)
         constants = [constant_loss(model[k:], H) for H in entropies]
         known = [of_split, deeper, constants, [own_loss] + [inf] * (len(entropies) - 1)]
-        bounds[k] = deeper = [min(values) for values in zip(*known, strict=True)]
+        bounds[k] = deeper = [min(filter(isfinite, values), default=nan) for values in zip(*known, strict=True)]
         after = k
     return bounds
 

@@ -61,16 +61,17 @@ def find(
     batches = torch.arange(targets.shape[1], device=targets.device).split(batch_size)
     reference = new_head(0, "sizes")  # how decoders are constructed, and how large their parameters are
     sizes = parameter_sizes(reference)
+    optimal = {k for k in splits if recipe.optimal and optimum_fits(reference[k:], targets.shape[1], keep_bytes)}
     here = heads_here(reference, splits, len(targets), samples.batch(batches[0][:1])[0])
     losses = torch.zeros(len(splits), len(targets), dtype=torch.float64, device=targets.device)
     encode, depth = lambda indices: samples.batch(indices)[0], 0
-    for group in groups(reference, sorted({k for k, _ in here}), recipe):
+    for group in groups(reference, sorted({k for k, _ in here}), optimal):
         encoders = {}
         for k in group:  # each encoder goes on from the encodings of the split before
             encode, depth = encoder(model[depth:k], encode, batches, keep_bytes // len(group)), k
             encoders[k] = encode
         members = [(k, j) for k, j in here if k in group]
-        if recipe.optimal and is_linear(reference[k:]):
+        if k in optimal:
             found = optima(reference[k:], encode, batches, targets[[j for _, j in members]])
         else:
             heads, learns = {k: [] for k in group}, {k: [] for k in group}
@@ -97,16 +98,10 @@ def heads_here(reference: nn.Sequential, splits: list[int], J: int, x: Tensor) -
     return ranks.deal(costs(reference, splits, x), J, ranks.world())[ranks.rank()]
 
 
-def groups(reference: nn.Sequential, splits: list[int], recipe: "Thesis | Tuned") -> list[list[int]]:
+def groups(reference: nn.Sequential, splits: list[int], optimal: set[int]) -> list[list[int]]:
     """The splits, in order of depth, whose heads are found together: each alone, but all that are plain and trained."""
-    found = []
-    for k in splits:
-        together = is_plain(reference[k:]) and not (recipe.optimal and is_linear(reference[k:]))
-        if together and found and is_plain(reference[found[-1][0] :]):
-            found[-1].append(k)
-        else:
-            found.append([k])
-    return found
+    plain = [k for k in splits if is_plain(reference[k:]) and k not in optimal]
+    return sorted([[k] for k in splits if k not in plain] + [plain] * bool(plain))
 
 
 class Bundle:
@@ -279,7 +274,7 @@ class Tuned:
             for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 group["lr"] = rate * self.factor(i)
             lately = 0.9 * lately + bundle.step(optimizer, next(batches))
-        bundle.take_statistics(islice(batches, ceil(N / batch_size)))
+        bundle.take_statistics(islice(shuffled(N, batch_size, generator, bundle.targets.device), ceil(N / batch_size)))
         return bundle.exact_losses(batch_size)
 
     def factor(self, i: int) -> float:
@@ -420,6 +415,11 @@ def is_linear(decoder: nn.Sequential) -> bool:
     if before and type(before[-1]) in NORMS and last.bias is not None:
         before.pop()
     return not any([*layer.parameters(), *layer.buffers()] for layer in before)
+
+
+def optimum_fits(decoder: nn.Sequential, N: int, keep_bytes: int) -> bool:
+    """Whether the decoder is linear, and the N inputs of its last layer can be kept in float64."""
+    return is_linear(decoder) and 8 * N * leaves(decoder)[-1].in_features <= keep_bytes
 
 
 def optima(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor, ...], targets: Tensor) -> list[float]:
