@@ -398,6 +398,8 @@ def test_which_splits_have_linear_decoders(name, last, before):
 
 def features(kind: str, N: int = 200, d: int = 5) -> Tensor:
     torch.manual_seed(0)
+    if kind == "heavy":  # 50 iterations are not enough
+        return torch.randn(300, 30) * torch.randn(300, 1).mul(2).exp()
     z = torch.randn(N, d) + 1
     if kind == "collinear":
         z = torch.cat([z, z[:, :2] + z[:, 2:4], z[:, :1]], dim=1)
@@ -416,11 +418,12 @@ def mixed_up(z: Tensor, C: int = 3) -> Tensor:
     """Labels that depend on the features, and cannot be told from them for sure."""
     generator = torch.Generator().manual_seed(1)
     labels = (z / z.std(0).clamp(min=1e-6))[:, :C].argmax(1)
-    return torch.where(torch.rand(len(z), generator=generator) < 0.5, labels, torch.randint(C, (len(z),)))
+    others = torch.randint(C, (len(z),), generator=generator)
+    return torch.where(torch.rand(len(z), generator=generator) < 0.5, labels, others)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "collinear", "constant", "scales", "far", "many"])
+@pytest.mark.parametrize("kind", ["plain", "collinear", "constant", "scales", "far", "many", "heavy"])
 def test_the_optimum_is_that_of_newtons_method(kind, bias):
     z = features(kind)
     labels = mixed_up(z)
@@ -559,6 +562,22 @@ def test_exact_losses_are_those_of_eval_mode():
         losses = bundle.exact_losses(size)
         expected = [F.cross_entropy(head.eval()(split.x), split.labels).item() for head in those]
         assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("build", [plain, convolutional])
+@pytest.mark.parametrize("recipe", [Thesis(partial(torch.optim.SGD, lr=0.1), 2), Tuned(8)])
+def test_what_is_frozen_stays_as_it_was_constructed(build, recipe):
+    torch.manual_seed(0)
+    split = toy(shape=(6,) if build is plain else (1, 5, 5))
+    those = [build() for _ in range(recipe.starts(build()))]
+    for head in those:
+        frozen(next(m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d))))
+    before = [copy.deepcopy(dict(head.named_parameters())) for head in those]
+    bundle = Bundle({0: those}, {0: split.x.__getitem__}, split.labels[None], {0: [0] * len(those)})
+    recipe.train(bundle, heads.parameter_sizes(those[0]), 40, torch.Generator().manual_seed(0))
+    trained = {n: p[0] for n, p in bundle.stacks.items()} if bundle.plain else dict(those[0].named_parameters())
+    for name, p in trained.items():  # of the start that was kept, whichever it is
+        assert any(torch.equal(p, own[name]) for own in before) != before[0][name].requires_grad
 
 
 # Encoders
