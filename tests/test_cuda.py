@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dib
+import heads
 import models
 import nc1
 import train
@@ -50,9 +51,9 @@ def test_plain_heads_are_those_of_the_cpu():
         return models.build("MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh").double()
 
     torch.manual_seed(0)
-    model, optimizer = build(), partial(torch.optim.SGD, lr=0.1, fused=True)
-    expected = dib.measure(model, 2, split, 3, build, optimizer, epochs=5, batch_size=40, labelings=2)
-    got = dib.measure(model.cuda(), 2, on_cuda(split), 3, build, optimizer, epochs=5, batch_size=40, labelings=2)
+    model, recipe = build(), heads.Thesis(partial(torch.optim.SGD, lr=0.1, fused=True), epochs=5)
+    expected = dib.measure(model, 2, split, 3, build, recipe, batch_size=40, labelings=2)
+    got = dib.measure(model.cuda(), 2, on_cuda(split), 3, build, recipe, batch_size=40, labelings=2)
     assert [h.loss for h in got] == pytest.approx([h.loss for h in expected], rel=1e-6)
 
 
@@ -60,9 +61,9 @@ def test_heads_that_draw_repeat_and_leave_the_random_state():
     split = clusters(90, 25, 3)
     split.x = split.x.view(90, 1, 5, 5)
     torch.manual_seed(0)
-    model, optimizer = convolutional().cuda(), partial(torch.optim.SGD, lr=0.01)
+    model, recipe = convolutional().cuda(), heads.Thesis(partial(torch.optim.SGD, lr=0.01), epochs=2)
     random = torch.get_rng_state(), torch.cuda.get_rng_state()
-    a, b = (dib.measure(model, 0, on_cuda(split), 3, convolutional, optimizer, epochs=2) for _ in range(2))
+    a, b = (dib.measure(model, 0, on_cuda(split), 3, convolutional, recipe) for _ in range(2))
     assert [h.loss for h in a] == pytest.approx([h.loss for h in b], rel=1e-4)  # cuDNN may add in another order
     assert torch.equal(random[0], torch.get_rng_state())
     assert torch.equal(random[1], torch.cuda.get_rng_state())

@@ -1,6 +1,4 @@
-import copy
 import math
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -10,14 +8,14 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import dib
-import heads as engine
 import models
+from heads import Thesis, Tuned
 from relabel import relabel
 from tests.toys import Toy, clusters
-from tests.yardsticks import train_alone
 
-SGD = partial(torch.optim.SGD, lr=0.1)
-SHARED = nn.ReLU()
+SGD = Thesis(partial(torch.optim.SGD, lr=0.1), epochs=5)
+STILL = Thesis(partial(torch.optim.SGD, lr=0.0), epochs=1)
+RECIPES = pytest.mark.parametrize("recipe", [SGD, Tuned(steps=8)], ids=["thesis", "tuned"])
 
 
 def plain() -> nn.Sequential:
@@ -39,80 +37,20 @@ def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
     return Toy(split.x.double().view(N, *shape), split.labels)
 
 
-@pytest.mark.parametrize(
-    ("build", "shape", "ks", "forward"),
-    [
-        (plain, (6,), [0], "stacked"),
-        (plain, (6,), [0, 2, 3], "stacked"),
-        (plain, (2, 3), [1, 3], "stacked"),
-        (convolutional, (1, 5, 5), [0], "one_by_one"),
-        (convolutional, (1, 5, 5), [1], "stacked"),
-        (drawing, (6,), [0], "one_by_one"),
-    ],
-)
-def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, forward, monkeypatch):
-    """The same start and the same batches, in float64: the loss of a head does not know of the others."""
-    used = Counter()
-    for name in ("stacked", "one_by_one"):
-        path = getattr(engine, name)
-        monkeypatch.setattr(engine, name, lambda *a, name=name, path=path: used.update([name]) or path(*a))
-    torch.manual_seed(0)
-    split, model, epochs = toy(shape=shape), build(), 30
-    _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
-    heads = {k: [build()[k:].eval() for _ in targets] for k in ks}
-    starts = copy.deepcopy(heads)
-    encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in ks}
-    torch.manual_seed(7)
-    every = {k: list(targets) for k in ks}
-    loss, drop = engine.train(heads, encoders, every, SGD, epochs, 40, torch.Generator().manual_seed(5))
-    loss, drop = loss.view(len(ks), -1), drop.view(len(ks), -1)
-    assert set(used) == {forward}, f"the heads took the path {used}"
-    for i, k in enumerate(ks):
-        for j, head in enumerate(starts[k]):
-            torch.manual_seed(7)
-            generator = torch.Generator().manual_seed(5)
-            final, running = train_alone(model[:k], head, split.x, targets[j], SGD, epochs, 40, generator)
-            assert loss[i, j].item() == pytest.approx(final, rel=1e-9)
-            assert drop[i, j].item() == pytest.approx(running[-4] - running[-1], abs=1e-9)
-
-
+@RECIPES
 @pytest.mark.parametrize(("build", "shape"), [(plain, (6,)), (convolutional, (1, 5, 5))])
-def test_splits_measured_together_are_what_each_is_alone(build, shape):
+def test_splits_measured_together_are_what_each_is_alone(build, shape, recipe):
+    """Their losses; what is known of H_V comes from all splits measured."""
     split, model = toy(shape=shape), build()
     ks = [2, 0, 1]
-    together = dib.measure_splits(model, ks, split, 3, build, SGD, epochs=5, batch_size=40, seed=4)
+    together = dib.measure_splits(model, ks, split, 3, build, recipe, batch_size=40, seed=4)
     assert list(together) == [0, 1, 2]
     for k in ks:
-        for got, expected in zip(together[k], dib.measure(model, k, split, 3, build, SGD, 5, 40, 1, 4), strict=True):
+        alone = dib.measure(model, k, split, 3, build, recipe, batch_size=40, seed=4)
+        for got, expected in zip(together[k], alone, strict=True):
             assert got[:3] == expected[:3]
-            assert got[3:] == pytest.approx(expected[3:], rel=1e-9)
-
-
-def test_stacked_agrees_with_one_by_one():
-    torch.manual_seed(0)
-    heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
-    heads = [head.double() for head in heads]
-    x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-    a, b = engine.stacked({0: heads}, engine.stack_parameters(heads), {0: x}), engine.one_by_one(heads, {0: x})
-    assert a.shape == (4, 3, 7)
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(a[2], heads[2](x).T, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        ([nn.Linear(3, 3), SHARED, nn.Linear(3, 3), SHARED], False),
-        ([nn.Linear(4, 3)], True),
-        ([nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.ReLU())], True),
-        ([nn.Linear(4, 3), nn.Flatten()], False),
-        ([nn.Linear(4, 3), nn.BatchNorm1d(3)], False),
-        ([nn.Linear(4, 3), nn.Softmax(1)], False),
-        ([nn.Linear(4, 3), nn.Dropout()], False),
-    ],
-)
-def test_only_plain_decoders_are_stacked(layers, expected):
-    assert engine.is_plain(nn.Sequential(*layers)) is expected
+            assert got.loss == pytest.approx(expected.loss, rel=1e-9)
+            assert got.bound <= expected.bound + 1e-9
 
 
 def test_entropy_is_empirical():
@@ -138,18 +76,17 @@ def test_labelings():
             assert sorted(other[of_class].tolist()) == digits[of_class].tolist()
 
 
-def measure(split: Toy, k: int = 2, model: nn.Sequential | None = None, **options) -> list[dib.Head]:
+def measure(split: Toy, k: int = 2, model: nn.Sequential | None = None, recipe=SGD, **options) -> list[dib.Head]:
     torch.manual_seed(0)
-    model = model or plain()
-    return dib.measure(model, k, split, 3, plain, SGD, **{"epochs": 5, "batch_size": 40, **options})
+    return dib.measure(model or plain(), k, split, 3, plain, recipe, **{"batch_size": 40, **options})
 
 
-def test_information_where_it_is_known():
+@pytest.mark.parametrize("recipe", [Thesis(partial(torch.optim.Adam, lr=0.02), 200), Tuned(steps=100)])
+def test_information_where_it_is_known(recipe):
     """One-hot inputs give the labels away and nothing else: H(Y), and nothing of the digits beyond the class."""
     labels = torch.arange(81) % 3  # every digit is independent of the class: 27 samples a class, 3 digits
     split = Toy(F.one_hot(labels, 3).repeat(1, 2).double(), labels)
-    adam = partial(torch.optim.Adam, lr=0.02)
-    y, *digits = dib.measure(plain(), 0, split, 3, plain, adam, epochs=200, batch_size=81)
+    y, *digits = dib.measure(plain(), 0, split, 3, plain, recipe, batch_size=81)
     assert y.entropy - y.loss == pytest.approx(math.log(3), abs=0.01)
     assert [head.labeling for head in digits] == [0, 1, 2]
     for head in digits:
@@ -157,105 +94,188 @@ def test_information_where_it_is_known():
         assert head.entropy - head.loss == pytest.approx(0, abs=0.01)
 
 
-def test_loss_is_exact_whatever_the_batches():
-    """With a learning rate of 0 every head keeps its initial weights: the loss is that of the fresh decoder."""
-    split, still = toy(), partial(torch.optim.SGD, lr=0.0)
-    a, b = (
-        dib.measure(plain(), 0, split, 3, plain, still, epochs=1, batch_size=size, seed=3) for size in (len(split), 7)
-    )
-    assert [h.loss for h in a] == pytest.approx([h.loss for h in b], rel=1e-12)
-    assert all(math.isnan(h.drop) for h in a)
+@pytest.mark.parametrize(("build", "shape", "k"), [(plain, (6,), 0), (plain, (6,), 3), (convolutional, (1, 5, 5), 1)])
+def test_loss_is_exact_whatever_the_batches(build, shape, k):
+    """With a learning rate of 0 every head keeps its initial weights: the loss is that of the fresh decoder. An encoder
+    in training mode would, by its BatchNorm, give encodings that depend on the batch."""
+    split, model = toy(shape=shape), build().train()
+    a, b = (dib.measure(model, k, split, 3, build, STILL, batch_size=size, seed=3) for size in (len(split), 7))
+    assert [h.loss for h in a] == pytest.approx([h.loss for h in b], rel=1e-9)
+    torch.manual_seed(dib.stream("head", 0, 0, k, 3, 0))
+    head = build()[k:].eval()
+    expected = F.cross_entropy(head(model.eval()[:k](split.x)), split.labels)
+    assert a[0].loss == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_encodings_are_computed_once_if_they_fit():
-    split, model, calls = toy(), plain(), []
-    model.hidden1.register_forward_hook(lambda *_: calls.append(1))
-    measure(split, model=model, epochs=5, batch_size=45)
-    assert len(calls) == 1 + 2  # one sample to see the size, then two batches
-    calls.clear()
-    measure(split, model=model, epochs=5, batch_size=45, keep_bytes=0)
-    assert len(calls) == 1 + 5 * 2 + 2  # at every step, and for the final loss
-
-
-def test_kept_encodings_of_images_keep_their_channels_last(monkeypatch):
-    layouts = []
-
-    def train(heads: dict, encoders: dict, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        z = encoders[1](torch.arange(4))
-        layouts.append(z.shape[1] > 1 and z.is_contiguous(memory_format=torch.channels_last))
-        return (torch.zeros(len(heads[1])),) * 2
-
-    def build() -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
-
-    monkeypatch.setattr(engine, "train", train)
-    dib.measure(build(), 1, toy(shape=(1, 5, 5)), 3, build, SGD)
-    assert layouts == [True]
-
-
-def test_encodings_kept_or_recomputed():
+@RECIPES
+def test_encodings_kept_or_recomputed(recipe):
     split = toy()
-    assert [h.loss for h in measure(split)] == pytest.approx([h.loss for h in measure(split, keep_bytes=0)], rel=1e-12)
+    kept, again = measure(split, recipe=recipe), measure(split, recipe=recipe, keep_bytes=0)
+    assert [h.loss for h in kept] == pytest.approx([h.loss for h in again], rel=1e-9)
 
 
-def test_repeats_and_draws_anew_with_seed_and_epoch():
+@RECIPES
+def test_repeats_and_draws_anew_with_seed_and_epoch(recipe):
     split = toy()
-    assert measure(split) == measure(split)
-    assert measure(split) != measure(split, seed=1)
-    assert measure(split) != measure(split, model_epoch=1)
+    assert measure(split, recipe=recipe) == measure(split, recipe=recipe)
+    assert measure(split, recipe=recipe) != measure(split, recipe=recipe, seed=1)
+    assert measure(split, recipe=recipe) != measure(split, recipe=recipe, model_epoch=1)
 
 
-def test_every_split_and_every_head_has_a_start_of_its_own(monkeypatch):
-    starts, batches = [], []
-
-    def train(heads: dict, *rest) -> tuple[torch.Tensor, torch.Tensor]:
-        starts.extend(head for of_split in heads.values() for head in of_split)
-        batches.append(rest[-1].initial_seed())
-        return (torch.zeros(2 * len(heads[2])),) * 2
-
-    monkeypatch.setattr(engine, "train", train)
-    for model_epoch in (0, 1):
-        dib.measure_splits(plain(), [2, 3], toy(), 3, plain, SGD, model_epoch=model_epoch)
-    assert len(set(batches)) == 2  # other batches in every epoch
-    weights = [head.classifier.weight for head in starts]
-    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
-
-
-def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():
-    heads = [nn.Sequential(nn.ELU(inplace=True), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval() for _ in range(2)]
-    x = torch.randn(5, 6)
-    expected = [head(x.clone()).T for head in heads]
-    torch.testing.assert_close(engine.one_by_one(heads, {1: x}), torch.stack(expected))
-
-
-@pytest.mark.parametrize("build", [convolutional, drawing])
-def test_leaves_everything_as_it_was(build):
-    split = toy(shape=(1, 5, 5) if build is convolutional else (6,))
+@RECIPES
+@pytest.mark.parametrize(("build", "shape"), [(convolutional, (1, 5, 5)), (drawing, (6,)), (plain, (6,))])
+def test_leaves_everything_as_it_was(build, shape, recipe):
+    split = toy(shape=shape)
     torch.manual_seed(0)
     model = build().train()
+    model[-1].eval()
     model(split.x).sum().backward()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [p.grad.clone() for p in model.parameters()]
     torch.manual_seed(11)
     random = torch.get_rng_state()
-    heads = dib.measure(model, 1, split, 3, build, SGD, epochs=2)
-    assert heads == dib.measure(model, 1, split, 3, build, SGD, epochs=2)
+    heads = dib.measure_splits(model, [0, 1], split, 3, build, recipe)
+    assert heads == dib.measure_splits(model, [0, 1], split, 3, build, recipe)
     assert torch.equal(random, torch.get_rng_state())
-    assert all(m.training for m in model.modules())
+    assert all(m.training == (m is not model[-1]) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
-def test_encoder_runs_in_eval_mode():
-    """With BatchNorm in training mode the encodings, and so the loss, would depend on the batch."""
-    split, still = toy(shape=(1, 5, 5)), partial(torch.optim.SGD, lr=0.0)
-    model = convolutional().train()
-    a, b = (
-        [h.loss for h in dib.measure(model, 1, split, 3, convolutional, still, epochs=1, batch_size=size)]
-        for size in (len(split), 7)
+# Random streams
+
+
+def test_streams_differ():
+    words = [("a", 0, 1), ("a", 0, 1, 0, 0), ("a", 0, 1, 0), ("b", 0, 1), ("a", 1, 0), ("a", 0), ("a", "0", 1)]
+    assert len({dib.stream(*those) for those in words}) == len(words)
+    assert dib.stream("a", 0, 1) == dib.stream("a", 0, 1)
+    assert all(0 <= dib.stream(*those) < 2**64 for those in words)
+
+
+def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
+    streams, stream = {}, dib.stream
+    monkeypatch.setattr(dib, "stream", lambda *words: streams.setdefault(words, stream(*words)))
+    for model_epoch in (0, 1):
+        dib.measure_splits(plain(), [1, 2], toy(), 3, plain, Tuned(8), labelings=2, model_epoch=model_epoch)
+    assert {words[0] for words in streams} == {"enumerations", "sizes", "head", "batches"}
+    assert len(set(streams.values())) == len(streams)
+    J = 1 + 2 * 4  # 28 to 81 samples of the largest class: four digits
+    assert sum(words[0] == "head" for words in streams) == 2 * 2 * 8 * J  # epochs, splits, starts
+    assert sum(words[0] == "batches" for words in streams) == 2  # the same batches for all heads of an epoch
+    assert sum(words[0] == "enumerations" for words in streams) == 1  # and the same enumerations in every epoch
+
+
+@RECIPES
+def test_every_head_and_every_start_has_weights_of_its_own(monkeypatch, recipe):
+    weights, batches = [], []
+
+    def train(recipe, bundle, sizes: dict, batch_size: int, generator: torch.Generator) -> list[float]:
+        weights.extend(head.classifier.weight for head in bundle.modules())
+        batches.append(generator.initial_seed())
+        return [0.0] * (len(bundle.modules()) // recipe.starts(plain()))
+
+    monkeypatch.setattr(type(recipe), "train", train)
+    for model_epoch in (0, 1):
+        dib.measure_splits(plain(), [1, 2], toy(), 3, plain, recipe, model_epoch=model_epoch)
+    assert len(set(batches)) == 2  # other batches in every epoch
+    assert len(weights) == 2 * 2 * 5 * recipe.starts(plain())
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == len(weights)
+
+
+# What is known without training
+
+
+def layers(bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))
+
+
+def test_bounds_by_hand():
+    """The original labels and a digit, of three splits."""
+    losses, entropies = [[1.0, 0.5], [0.8, 0.9], [0.9, 0.7]], [1.05, 0.6]
+    assert dib.bound(layers(), [0, 1, 2], losses, entropies, own_loss=0.85) == {
+        2: [0.85, 0.6],  # the network itself, a constant
+        1: [0.8, 0.6],  # the head, a constant
+        0: [0.8, 0.5],  # a block before the head of 1, the head
+    }
+    assert dib.bound(layers(), [0, 2], [[1.0, 0.5], [0.8, 0.1]], entropies, own_loss=0.85) == {
+        2: [0.8, 0.1],
+        0: [0.8, 0.1],
+    }
+    assert dib.bound(layers(), [1], [[1.0, 0.5]], entropies, own_loss=0.3) == {1: [0.3, 0.5]}  # y alone
+
+
+def test_bounds_of_a_last_layer_without_bias():
+    """Of the constants it can be the uniform distribution alone, however unbalanced the classes are."""
+    losses, entropies = [[2.0, 1.5]], [0.2, 0.3]
+    without = dib.bound(layers(bias=False), [0], losses, entropies, own_loss=9.0)
+    assert without == {0: pytest.approx([math.log(3), math.log(3)])}
+    assert dib.bound(layers(), [0], losses, entropies, own_loss=9.0) == {0: entropies}
+
+
+def test_the_constants_that_a_decoder_can_be():
+    assert dib.constant_loss(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(4, 3))), 0.4) == 0.4
+    assert dib.constant_loss(nn.Sequential(nn.Linear(4, 5, bias=False)), 0.4) == pytest.approx(math.log(5))
+    assert dib.constant_loss(layers().append(nn.ReLU()), 0.4) == math.inf
+    frozen = layers()
+    frozen[-1].weight.requires_grad_(False)
+    assert dib.constant_loss(frozen, 0.4) == math.inf
+
+
+def test_bounds_are_not_handed_on_across_a_parameter_that_blocks_share():
+    """A block frozen as it is would freeze the deeper head, which is free to have other weights."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU())
+    losses = [[2.0, 2.5], [1.0, 0.5], [0.8, 0.9]]
+    handed = {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [0.8, 0.5]}
+    assert dib.bound(model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7) == handed
+    model[2].weight = model[0].weight
+    assert dib.shared(model[0], model[2])
+    assert not dib.shared(model[:2], model[1])
+    across = dib.bound(model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7)
+    assert across == {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [1.7, 2.5]}  # its own, and the network's
+
+
+@RECIPES
+@pytest.mark.parametrize(("build", "shape"), [(plain, (6,)), (convolutional, (1, 5, 5))])
+def test_bounds_of_what_is_measured(build, shape, recipe):
+    split, model = toy(shape=shape), build()
+    found = dib.measure_splits(model, [0, 1, 2], split, 3, build, recipe, batch_size=40)
+    own = F.cross_entropy(model.eval()(split.x), split.labels).item()
+    for k, those in found.items():
+        for j, head in enumerate(those):
+            assert head.bound <= min(head.loss, head.entropy)
+            assert all(head.bound <= deeper[j].bound for other, deeper in found.items() if other > k)
+        assert those[0].bound <= own + 1e-12
+
+
+def test_a_linear_split_is_measured_by_its_optimum():
+    """It does not depend on the seed, and no other weights do better."""
+    split, model = toy(), plain()
+    a, b = (dib.measure(model, 3, split, 3, plain, Tuned(8), seed=seed) for seed in (0, 1))
+    assert a == b
+    trained = dib.measure(model, 3, split, 3, plain, Thesis(partial(torch.optim.Adam, lr=0.1), 100))
+    assert all(head.loss <= other.loss + 1e-4 for head, other in zip(a, trained, strict=True))
+    assert any(
+        head.loss < other.loss for head, other in zip(a, dib.measure(model, 3, split, 3, plain, SGD), strict=True)
     )
-    assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_own_loss_is_exact_and_of_exactly_the_samples_given():
+    split, model = toy(shape=(1, 5, 5)), convolutional()
+    model(split.x)  # running statistics that are not those of a fresh network
+    few = Toy(split.x[:37], split.labels[:37])
+    with torch.no_grad():
+        expected = [F.cross_entropy(model.eval()(s.x), s.labels).item() for s in (split, few)]
+    model.train()
+    for size in (1, 7, 90):
+        assert [dib.own_loss(model, s, size) for s in (split, few)] == pytest.approx(expected, rel=1e-12)
+    assert all(m.training for m in model.modules())
+
+
+def test_how_many_heads_are_known_not_to_have_been_found():
+    bit = math.log(2)
+    pairs = [(0.5, 0.5), (0.5, 0.5 - 0.0009 * bit), (0.5, 0.5 - 0.0011 * bit), (0.5, 0.1), (math.nan, 0.5)]
+    assert dib.beaten(dib.Head(0, 0, 1.0, loss, bound) for loss, bound in pairs) == 3 / 5
 
 
 @pytest.mark.parametrize("k", [-1, 4])
@@ -264,7 +284,59 @@ def test_refuses_a_split_without_decoder(k):
         measure(toy(), k)
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"labelings": 0}])
-def test_refuses(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least 1, got 0"):
-        measure(toy(), **bad)
+def test_refuses_no_labelings():
+    with pytest.raises(ValueError, match="labelings must be at least 1, got 0"):
+        measure(toy(), labelings=0)
+
+
+# Bugs: each is to be mended, and its mark then taken away
+
+BUG = partial(pytest.mark.xfail, strict=True)
+
+
+@BUG(
+    reason="constant_loss takes a frozen bias for none: zero weights leave softmax(bias), not the uniform distribution"
+)
+def test_a_frozen_bias_leaves_no_known_constant():
+    model = layers()
+    model[-1].bias.requires_grad_(False)
+    model[-1].bias.data = torch.tensor([10.0, 0.0, 0.0])
+    assert dib.constant_loss(model, 0.4) == math.inf
+
+
+@BUG(reason="min() returns a NaN that comes first")
+def test_a_head_that_diverged_has_a_bound():
+    losses = [[math.nan, 0.5], [math.nan, 0.7]]
+    assert dib.bound(layers(), [0, 1], losses, [1.0, 1.0], own_loss=0.7) == {0: [0.7, 0.5], 1: [0.7, 0.7]}
+
+
+def tied() -> nn.Sequential:
+    a, b = nn.Linear(6, 6), nn.Linear(6, 6)
+    b.weight = a.weight
+    return nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def twice() -> nn.Sequential:
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+@RECIPES
+@BUG(reason="is_plain sees layers that differ, and stacks weights that are one", raises=KeyError)
+def test_layers_that_share_a_weight_are_measured(recipe):
+    assert all(math.isfinite(head.loss) for head in dib.measure(tied(), 0, toy(), 3, tied, recipe))
+
+
+@BUG(reason="the sizes of the whole model have a layer's first name alone, a deeper head its second", raises=KeyError)
+def test_a_layer_used_twice_is_measured():
+    assert all(math.isfinite(head.loss) for head in dib.measure(twice(), 1, toy(), 3, twice, Tuned(8)))
+
+
+@BUG(reason="the optimizer or an index complains, and no sentence names the split")
+@pytest.mark.parametrize("rest", [nn.Tanh(), nn.Flatten()])
+def test_a_decoder_without_parameters_is_refused(rest):
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 3), rest).double()
+
+    with pytest.raises(ValueError, match="DIB"):
+        dib.measure(build(), 1, toy(), 3, build, Tuned(8))
