@@ -427,7 +427,7 @@ def mixed_up(z: Tensor, C: int = 3) -> Tensor:
 def test_the_optimum_is_that_of_newtons_method(kind, bias):
     z = features(kind)
     labels = mixed_up(z)
-    least = newton_optimum(z, labels, 3, bias)
+    least = newton_optimum(z, labels, bias)
     assert 0.1 < least < math.log(3)
     decoder = nn.Sequential(nn.Linear(z.shape[1], 3, bias=bias))
     (loss,) = heads.optima(decoder, z.__getitem__, batches(len(z)), labels[None])
