@@ -183,9 +183,14 @@ def tune_alone(
 
     z: the encodings, standardised. sizes: of the parameters, to which the rates are relative. The final loss.
     """
-    passes, batches = -(-len(z) // batch_size), []
-    while len(batches) < steps + passes:
-        batches += [batch.tolist() for batch in torch.randperm(len(z), generator=generator).tensor_split(passes)]
+
+    def one_pass() -> list[list[int]]:
+        order = torch.randperm(len(z), generator=generator)
+        return [batch.tolist() for batch in order.tensor_split(ceil(len(z) / batch_size))]
+
+    batches = []
+    while len(batches) < steps:
+        batches += one_pass()
     runners = []
     for head in starts:
         groups = [{"params": [p], "lr": 0.0, "size": sizes[name]} for name, p in head.named_parameters()]
@@ -211,7 +216,7 @@ def tune_alone(
             lately.append(running)
         begin = round(steps * end / 10)
     ((head, _),) = runners
-    torch.optim.swa_utils.update_bn([z[batch] for batch in batches[steps : steps + passes]], head)
+    torch.optim.swa_utils.update_bn([z[batch] for batch in one_pass()], head)
     with torch.no_grad():
         return F.cross_entropy(head.eval()(z), target).item()
 
