@@ -289,14 +289,6 @@ def test_refuses_no_labelings():
         measure(toy(), labelings=0)
 
 
-# Bugs: each is to be mended, and its mark then taken away
-
-BUG = partial(pytest.mark.xfail, strict=True)
-
-
-@BUG(
-    reason="constant_loss takes a frozen bias for none: zero weights leave softmax(bias), not the uniform distribution"
-)
 def test_a_frozen_bias_leaves_no_known_constant():
     model = layers()
     model[-1].bias.requires_grad_(False)
@@ -304,7 +296,6 @@ def test_a_frozen_bias_leaves_no_known_constant():
     assert dib.constant_loss(model, 0.4) == math.inf
 
 
-@BUG(reason="min() returns a NaN that comes first")
 def test_a_head_that_diverged_has_a_bound():
     losses = [[math.nan, 0.5], [math.nan, 0.7]]
     assert dib.bound(layers(), [0, 1], losses, [1.0, 1.0], own_loss=0.7) == {0: [0.7, 0.5], 1: [0.7, 0.7]}
@@ -322,17 +313,14 @@ def twice() -> nn.Sequential:
 
 
 @RECIPES
-@BUG(reason="is_plain sees layers that differ, and stacks weights that are one", raises=KeyError)
 def test_layers_that_share_a_weight_are_measured(recipe):
     assert all(math.isfinite(head.loss) for head in dib.measure(tied(), 0, toy(), 3, tied, recipe))
 
 
-@BUG(reason="the sizes of the whole model have a layer's first name alone, a deeper head its second", raises=KeyError)
 def test_a_layer_used_twice_is_measured():
     assert all(math.isfinite(head.loss) for head in dib.measure(twice(), 1, toy(), 3, twice, Tuned(8)))
 
 
-@BUG(reason="the optimizer or an index complains, and no sentence names the split")
 @pytest.mark.parametrize("rest", [nn.Tanh(), nn.Flatten()])
 def test_a_decoder_without_parameters_is_refused(rest):
     def build() -> nn.Sequential:
