@@ -73,7 +73,7 @@ def measure_splits(
     are made from.
     Processes that torchrun started share the heads, and must all call.
     The model, its modes and gradients and all global random states are left as they were.
-    Raises ValueError for labelings below 1, a k that leaves no decoder, and what relabel refuses.
+    Raises ValueError for labelings below 1, a k that leaves no decoder to train, and what relabel refuses.
     """
     if labelings < 1:
         raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
@@ -81,6 +81,8 @@ def measure_splits(
     for k in splits:
         if not 0 <= k < len(model):
             raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
+        if not any(p.requires_grad for p in model[k:].parameters()):
+            raise ValueError(f"DIB: the decoder model[{k}:] has no parameters to train")
     keys, targets = label(samples.labels, num_classes, labelings, seed)
     device = samples.labels.device
     cuda = [device] if device.type == "cuda" else []
@@ -146,9 +148,9 @@ def bound(
 def constant_loss(decoder: nn.Sequential, entropy: float) -> float:
     """The least loss of the constants that the decoder can be, for a labeling of that entropy, nats."""
     last = heads.leaves(decoder)[-1]
-    if type(last) is not nn.Linear or not last.weight.requires_grad:
+    if heads.kind(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
         return inf
-    return entropy if last.bias is not None and last.bias.requires_grad else log(last.out_features)
+    return log(last.out_features) if last.bias is None else entropy
 
 
 def beaten(measured: Iterable[Head]) -> float:

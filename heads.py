@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
-from math import ceil
+from math import ceil, log
 from typing import ClassVar
 
 import torch
@@ -37,9 +37,20 @@ def steps(epochs: int, N: int) -> int:
     return epochs * max(LEAST_BATCHES, ceil(N / BATCH))
 
 
+def kind(module: nn.Module) -> type | None:
+    """The type of a module that does what its type does; none, if a hook or a forward of its own makes it another."""
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return None if own else type(module)
+
+
 def leaves(decoder: nn.Module) -> list[nn.Module]:
     """The layers one after another, with Sequentials inside Sequentials opened."""
-    return [leaf for child in decoder for leaf in leaves(child)] if type(decoder) is nn.Sequential else [decoder]
+    return [leaf for child in decoder for leaf in leaves(child)] if kind(decoder) is nn.Sequential else [decoder]
+
+
+def flattens(layer: nn.Module) -> bool:
+    """Whether the layer makes vectors of the samples."""
+    return kind(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def find(
@@ -214,6 +225,10 @@ class Thesis:
     standardised: ClassVar = False
     optimal: ClassVar = False
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"DIB: epochs must be at least 1, got {self.epochs}")
+
     def starts(self, decoder: nn.Sequential) -> int:
         return 1
 
@@ -251,6 +266,10 @@ class Tuned:
     standardised: ClassVar = True
     optimal: ClassVar = True  # where the decoder is linear
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"DIB: steps must be at least 1, got {self.steps}")
+
     def starts(self, decoder: nn.Sequential) -> int:
         return self.CUTS[0][0] if is_plain(decoder) else 1
 
@@ -265,12 +284,12 @@ class Tuned:
         batches = shuffled(N, batch_size, generator, bundle.targets.device)
         cuts = self.CUTS if bundle.plain else ((1, 1.0),)
         ends = [round(self.steps * share) for share in accumulate(share for _, share in cuts)]
-        phase, lately = 0, 0.0
+        phase, lately = 0, torch.zeros(len(bundle.learns), device=bundle.targets.device)
         for i in bar(self.steps):
             while i == ends[phase]:
                 phase += 1
                 bundle.keep(best(lately, cuts[phase - 1][0], cuts[phase][0]), optimizer)
-                lately = 0.0
+                lately = torch.zeros_like(bundle.learns, dtype=lately.dtype)
             for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 group["lr"] = rate * self.factor(i)
             lately = 0.9 * lately + bundle.step(optimizer, next(batches))
@@ -297,7 +316,7 @@ def parameter_sizes(model: nn.Module) -> dict[str, float]:
     unit at once: beyond 256 of them the size is smaller.
     """
     sizes = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # by each of its names
         own = dict(module.named_parameters(prefix, recurse=False))
         drawn = [p for p in own.values() if p.min() < p.max()]
         for name, p in own.items():
@@ -314,11 +333,12 @@ def standardised(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor,
     Only where the decoder begins with a linear layer or a convolution, whose weights could do the same; a shift only
     where it has a bias and pads nothing. Features without spread keep their scale.
     """
-    first = leaves(decoder)
-    layer = first[1 if type(first[0]) is nn.Flatten else 0]
+    first, *rest = leaves(decoder)
+    flat = flattens(first)
+    layer = rest[0] if flat and rest else first
     z = encode(batches[0][:1])
-    linear = type(layer) is nn.Linear and (z.dim() == 2 or layer is not first[0])
-    if not (linear or type(layer) is nn.Conv2d) or not layer.weight.requires_grad:
+    linear = kind(layer) is nn.Linear and (flat or z.dim() == 2)
+    if not (linear or kind(layer) is nn.Conv2d) or not layer.weight.requires_grad:
         return encode
     over, N = (0,) if linear else (0, 2, 3), sum(map(len, batches))
     mean, square = torch.zeros(2, *z.double().mean(over, keepdim=True).shape, dtype=torch.float64, device=z.device)
@@ -354,9 +374,12 @@ def encoder(blocks: nn.Sequential, source: Encoder, batches: tuple[Tensor, ...],
 
 def is_plain(decoder: nn.Sequential) -> bool:
     """Whether stacked can run the decoder: linear layers and elementwise functions one after another, each once."""
-    layers = [m for _, m in decoder.named_modules(remove_duplicate=False) if not isinstance(m, nn.Sequential)]
-    return len(set(layers)) == len(layers) and all(
-        isinstance(m, (nn.Linear, *ELEMENTWISE)) for m in layers[isinstance(layers[0], nn.Flatten) :]
+    layers = leaves(decoder)
+    names = list(decoder.named_parameters(remove_duplicate=False))
+    return (
+        len(set(layers)) == len(layers)
+        and len({p for _, p in names}) == len(names)
+        and all(kind(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers[flattens(layers[0]) :])
     )
 
 
@@ -408,11 +431,11 @@ def is_linear(decoder: nn.Sequential) -> bool:
     A norm just before the linear layer changes nothing of that: its own scale and shift can be absorbed.
     """
     *before, last = leaves(decoder)
-    if type(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
+    if kind(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
         return False
-    while before and type(before[-1]) is nn.Flatten:
+    while before and kind(before[-1]) is nn.Flatten:
         before.pop()
-    if before and type(before[-1]) in NORMS and last.bias is not None:
+    if before and kind(before[-1]) in NORMS and last.bias is not None:
         before.pop()
     return not any([*layer.parameters(), *layer.buffers()] for layer in before)
 
@@ -437,9 +460,12 @@ def linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within: float 
     """inf over W and b of the mean cross-entropy of the logits z W + b, without b if there is no bias, in nats.
 
     z: features (N, d) float64, whitened. The problem is convex; L-BFGS ends where half the squared Newton decrement,
-    an estimate of how far the loss is above its infimum, or the loss itself is below `within`.
+    an estimate of how far the loss is above its infimum, or the loss itself is below `within`. Where the infimum is not
+    attained the estimate is too low, by a factor of three in what was seen: no figure shows that.
     """
     z = torch.cat([z, z.new_ones(len(z), 1)], dim=1) if bias else z
+    if z.shape[1] == 0:  # nothing to tell the samples by
+        return log(C)
     W = z.new_zeros(z.shape[1], C).requires_grad_()
 
     def closure() -> Tensor:

@@ -295,14 +295,6 @@ def test_refuses_no_labelings():
         measure(toy(), labelings=0)
 
 
-# Bugs: each is to be mended, and its mark then taken away
-
-BUG = partial(pytest.mark.xfail, strict=True)
-
-
-@BUG(
-    reason="constant_loss takes a frozen bias for none: zero weights leave softmax(bias), not the uniform distribution"
-)
 def test_a_frozen_bias_leaves_no_known_constant():
     model = layers()
     model[-1].bias.requires_grad_(False)
@@ -322,17 +314,14 @@ def twice() -> nn.Sequential:
 
 
 @RECIPES
-@BUG(reason="is_plain sees layers that differ, and stacks weights that are one", raises=KeyError)
 def test_layers_that_share_a_weight_are_measured(recipe):
     assert all(math.isfinite(head.loss) for head in dib.measure(tied(), 0, toy(), 3, tied, recipe))
 
 
-@BUG(reason="the sizes of the whole model have a layer's first name alone, a deeper head its second", raises=KeyError)
 def test_a_layer_used_twice_is_measured():
     assert all(math.isfinite(head.loss) for head in dib.measure(twice(), 1, toy(), 3, twice, Tuned(8)))
 
 
-@BUG(reason="the optimizer or an index complains, and no sentence names the split")
 @pytest.mark.parametrize("rest", [nn.Tanh(), nn.Flatten()])
 def test_a_decoder_without_parameters_is_refused(rest):
     def build() -> nn.Sequential:

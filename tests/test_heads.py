@@ -637,11 +637,6 @@ def test_clusters_are_told_by_every_recipe():
         assert y.loss < 0.02
 
 
-# Bugs: each is to be mended, and its mark then taken away
-
-BUG = partial(pytest.mark.xfail, strict=True)
-
-
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -652,25 +647,21 @@ class Bounded(nn.Linear):
         return super().forward(x).tanh()
 
 
-@BUG(reason="isinstance takes what derives from Sequential or Linear for it, whatever its forward does")
 @pytest.mark.parametrize("layer", [Residual(nn.Linear(3, 3), nn.Tanh()), Bounded(3, 3)])
 def test_layers_with_a_forward_of_their_own_are_not_plain(layer):
     assert not heads.is_plain(nn.Sequential(layer, nn.Linear(3, 3)))
 
 
-@BUG(reason="every Flatten is taken for one of all dimensions")
 def test_a_flatten_of_some_dimensions_is_not_plain():
     assert not heads.is_plain(nn.Sequential(nn.Flatten(2), nn.Linear(9, 3)))
 
 
-@BUG(reason="every Flatten is taken for one of all dimensions: rows with the same weights get scales of their own")
 def test_inputs_are_not_standardised_behind_a_flatten_of_some_dimensions():
     decoder = nn.Sequential(nn.Flatten(2), nn.Linear(9, 3), nn.Flatten(), nn.Linear(6, 3))
     encode = torch.randn(20, 2, 3, 3).__getitem__
     assert heads.standardised(decoder, encode, batches(20)) is encode
 
 
-@BUG(reason="a cut before the first step has no losses, 0.0")
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_few_steps_are_enough_or_refused(steps):
     try:
@@ -681,21 +672,18 @@ def test_few_steps_are_enough_or_refused(steps):
         assert found.isfinite().all()
 
 
-@BUG(reason="unchecked: no step is taken, or zip() complains")
 @pytest.mark.parametrize("make", [partial(Tuned, 0), partial(Thesis, torch.optim.SGD, 0)])
 def test_no_steps_are_refused(make):
     with pytest.raises(ValueError, match="at least 1"):
         dib.measure(plain(), 0, toy(), 3, plain, make())
 
 
-@BUG(reason="an empty basis without bias leaves L-BFGS no parameter", raises=RuntimeError)
 def test_the_optimum_for_dead_features_without_bias():
     z, labels = torch.zeros(40, 4), torch.arange(40) % 3
     (loss,) = heads.optima(nn.Sequential(nn.Linear(4, 3, bias=False)), z.__getitem__, batches(40), labels[None])
     assert loss == pytest.approx(math.log(3))
 
 
-@BUG(reason="half the decrement is half the way at most where weights go to infinity, and 50 products see less of it")
 def test_the_optimum_of_sparse_features():
     """Some are nearly always 0, and then tell the class for sure."""
     torch.manual_seed(0)
@@ -703,4 +691,4 @@ def test_the_optimum_of_sparse_features():
     labels = (z @ torch.randn(30, 3)).argmax(1)
     labels = torch.where(torch.rand(400) < 0.1, torch.randint(3, (400,)), labels)
     (loss,) = heads.optima(nn.Sequential(nn.Linear(30, 3)), z.__getitem__, batches(400), labels[None])
-    assert loss <= newton_optimum(z, labels) + 1.1e-4
+    assert loss <= newton_optimum(z, labels) + dib.BEATEN  # which no figure shows
