@@ -587,7 +587,8 @@ def bench_heads(args: argparse.Namespace) -> Iterator[Row]:
 
     ours: an information, a loss or a share; yardstick: the same by the exact optimum where the decoder is linear, else
     by 4 times the steps (--slow: 16 times the steps and 4 seeds, the least of them). Rows of time have the seconds to
-    the same mean loss over the heads, and their ratio is yardstick / ours. 15 minutes on two cores, with --slow hours.
+    the same mean loss over the heads, and their ratio is yardstick / ours. It takes 15 to 25 minutes on two cores, as
+    the algorithm as written is waited for up to 20 times our seconds; with --slow hours.
     """
     yield from quality_of_mlp(args.slow)
     yield from beaten_of_run()
