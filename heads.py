@@ -451,6 +451,8 @@ def optima(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor, ...],
     before = nn.Sequential(*before).eval()
     with torch.no_grad():
         z = torch.cat([before(encode(indices)).double() for indices in batches])  # (N, d)
+    if not z.isfinite().all():
+        raise ValueError("DIB: the encodings of a linear decoder are not finite")
     has_bias = last.bias is not None
     z = whitened(z, has_bias)
     return [linear_optimum(z, target, last.out_features, has_bias) for target in targets]

@@ -692,3 +692,9 @@ def test_the_optimum_of_sparse_features():
     labels = torch.where(torch.rand(400) < 0.1, torch.randint(3, (400,)), labels)
     (loss,) = heads.optima(nn.Sequential(nn.Linear(30, 3)), z.__getitem__, batches(400), labels[None])
     assert loss <= newton_optimum(z, labels) + dib.BEATEN  # which no figure shows
+
+
+def test_refuses_encodings_that_are_not_finite():
+    decoder, z = nn.Sequential(nn.Linear(4, 3)), torch.full((20, 4), math.nan)
+    with pytest.raises(ValueError, match="the encodings of a linear decoder are not finite"):
+        heads.optima(decoder, z.__getitem__, batches(20), torch.zeros(1, 20, dtype=torch.int64))
