@@ -178,6 +178,7 @@ def measures(fig: Figure, groups: list[Group], name: str, across: str) -> None:
         for measure, pair in zip(MEASURES, axes, strict=True):
             means = over_seeds(table, keys, measure)
             layer_curves(pair, means, group, table["seed"].nunique(), across)
+            style.widen(pair[0], "y")
             if (table[measure] < 0).any():  # where the decoders cannot put out constants
                 for axis in pair:
                     style.zero(axis)
@@ -221,6 +222,11 @@ def plane(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[str, dict]]:
     return axes, style.colours(group.layers) | {INPUT: style.INPUT}
 
 
+def widen(axes: np.ndarray) -> None:
+    for each in "xy":  # which the panels share
+        style.widen(axes[0], each)
+
+
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes, looks = plane(part, group)
@@ -228,6 +234,7 @@ def draw_plane(fig: Figure, groups: list[Group]) -> None:
             points = group.of("information", each).rename(columns={"minimality": "x", "sufficiency": "y"})
             for layer, its in points.groupby("layer", sort=False):
                 track(axis, its, layer, looks[layer])
+        widen(axes)
         style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
 
@@ -272,6 +279,7 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
                 colours = style.of_epoch(its["epoch"], group.last)
                 axis.scatter(its["minimality"], its["sufficiency"], c=colours, marker=marker, s=16)
                 axis.scatter([], [], color="black", marker=marker, s=16, label=layer)
+        widen(axes)
         colour_bar(part, axes, group.last)
         style.legend(part, axes[0], f"{group.seeds('mean of ')}\nencoder up to")
     same_scale(fig, groups, "x", "y")
@@ -334,6 +342,8 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
                     points = pd.DataFrame({"x": values.loc[layer], "y": loss})
                     track(axis, points.reset_index(), layer, look)
             style.few(axis)
+            if title == MINIMALITY:
+                style.widen(axis, "x")
             size = values.abs()
             if size.max() > 100 * size.median() > 0:  # it spans decades, to both sides of 0
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))

@@ -24,6 +24,7 @@ STYLE = {
     "lines.markersize": 4,
 }
 WIDTH = 8.4  # inches, of a figure of two panels side by side
+LEAST_BITS = 0.1  # of an axis
 MANY = 10  # names, from which on a legend has two columns
 
 
@@ -83,6 +84,13 @@ def steps(axis: Axes, there: ArrayLike) -> None:
 def zero(axis: Axes) -> None:
     """A line where nothing is left."""
     axis.axhline(0, color="0.4", linewidth=0.8)
+
+
+def widen(axis: Axes, each: str) -> None:
+    """At least so many bits from end to end, so that rounding is not drawn as if it were something."""
+    low, high = getattr(axis, f"get_{each}lim")()
+    more = max(0, LEAST_BITS - (high - low)) / 2
+    getattr(axis, f"set_{each}lim")(low - more, high + more)
 
 
 def few(axis: Axes) -> None:

@@ -420,3 +420,19 @@ def test_the_range_test(tmp_path):
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("learning rate", "cross-entropy (nats)")
     assert texts(figure) == ["of a step", "smoothed", "chosen: 0.01"]
     assert axis.get_ylim()[1] < 5
+
+
+def test_rounding_is_not_drawn_as_information(tmp_path):
+    """Where all is told, curves differ by 1e-12 bits: the axes show a tenth of a bit all the same."""
+    run = measured(tmp_path / "run", LAYERS)
+    table = pd.read_csv(run / "dib.csv")
+    table["loss"] = table["bound"] = 0.3 + 1e-12 * table["epoch"]
+    table.to_csv(run / "dib.csv", index=False)
+    found = groups([run])
+    low, high = axes(gallery.figure("information", found))[0].get_ylim()
+    assert 0.0999 < high - low < 0.12
+    plane = axes(gallery.figure("plane", found))[0]
+    for low, high in (plane.get_xlim(), plane.get_ylim()):
+        assert 0.0999 < high - low < 0.12
+    low, high = axes(gallery.figure("gap", found))[1].get_xlim()
+    assert 0.0999 < high - low < 0.12
