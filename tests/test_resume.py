@@ -20,7 +20,9 @@ import runs
 import train
 from tests.test_train import ROOT, refusal
 
+# thesis heads, which take few steps
 TINY = ["--device", "cpu", "--widths", "4", "3", "--train-size", "64", "-b", "16", "--dib-epochs", "1", "--epochs", "2"]
+TINY += ["--heads", "thesis"]
 
 
 class Crash(BaseException):
@@ -119,6 +121,14 @@ def test_more_epochs_are_those_of_a_longer_run(tmp_path, pictures, flags):
     states = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in "ab"]
     assert states[0]["scaler"] == states[1]["scaler"]
     assert json.loads((tmp_path / "b" / "hparams.json").read_text())["epochs"] == 2
+
+
+def test_tuned_heads_are_those_of_a_run_that_did_not_end(tmp_path):
+    command = [*TINY, "--heads", "tuned", "--dib-epochs", "2"]
+    train.main([*command, "--run-dir", str(tmp_path / "a")])
+    train.main([*command, "--epochs", "1", "--run-dir", str(tmp_path / "b")])
+    train.main([*command, "--run-dir", str(tmp_path / "b"), "--resume"])
+    assert_same(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_run_may_be_moved(half, tmp_path, whole):
@@ -316,7 +326,7 @@ def test_signals_stop_the_run_and_say_how_to_go_on(tmp_path, name, status):
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    flags, draw = ["--epochs", "400", "--dib-epochs", "2", "--heads", "thesis"], random.Random(0)
+    flags, draw = ["--epochs", "400", "--dib-epochs", "2"], random.Random(0)
     train.main([*TINY, *flags, "--run-dir", str(tmp_path / "whole")])
     kills, begun = 0, False
     while kills < 20:
@@ -399,19 +409,19 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
         train.within_memory("NC1", measure, 400, 10**9)
 
 
-@pytest.mark.parametrize(("module", "name", "batch"), [(nc1, "measure", 16), (dib, "measure_splits", 400)])
-def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole, module, name, batch):
+@pytest.mark.parametrize(("module", "name"), [(nc1, "measure"), (dib, "measure_splits")])
+def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole, module, name):
     measure, sizes = getattr(module, name), []
 
     def short(*rest, batch_size: int, keep_bytes: int, **options) -> dict:
         sizes.append((batch_size, keep_bytes))
-        if batch_size == batch:
+        if batch_size == 16:
             raise torch.OutOfMemoryError
         return measure(*rest, batch_size=batch_size, keep_bytes=keep_bytes, **options)
 
     monkeypatch.setattr(module, name, short)
     train.main([*TINY, "--run-dir", str(tmp_path / "run")])
-    assert sizes == [(batch, nc1.KEEP_BYTES), (batch // 2, 0)] * 4
+    assert sizes == [(16, nc1.KEEP_BYTES), (8, 0)] * 4
     got, expected = results(tmp_path / "run"), results(whole)
     assert got["epochs.csv"] == expected["epochs.csv"]
     if module is nc1:

@@ -289,7 +289,7 @@ def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
 
 
 def test_from_a_shell_with_every_short_flag(tmp_path):
-    flags = "-m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --no-compile --epochs 1 --device cpu"
+    flags = "-m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --no-compile --epochs 1 --dib-epochs 1 --device cpu"
     command = f"{sys.executable} {ROOT}/train.py {flags}"
     done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""  # no bar where the output is no terminal
