@@ -1,7 +1,8 @@
 """DIB: the decodable (V-) information that an encoder leaves to the decoders of its own architecture.
 
 For a split of a model into encoder E = model[:k] and decoder D = model[k:], E is frozen with the weights it has. V_k is
-every function that D can be: any trainable parameters, any buffers, in eval mode. For a labeling t of the samples
+every function that D can be in eval mode, with any trainable parameters and any buffers; frozen parameters stay as
+constructed. For a labeling t of the samples
 
     H_V(t) = inf over V_k of the mean cross-entropy of t given E(x),     H(t) - H_V(t)
 
@@ -12,11 +13,13 @@ are fewer.
 
 H_V is not known, but no decoder's loss is below it. A head, a copy of D initialised anew, is trained on E(x), and
 `loss` is its mean cross-entropy over all samples with its final weights: how that was reached does not matter
-(heads.py), lower is better. `bound` is the least that is known, from this head and from what needs no training:
+(heads.py), lower is better. `bound` is the least that is known, from this head and from what follows of the definition:
 
-1. A block, frozen as it is, before a head of a deeper split is a decoder, too.
+1. The layers up to a deeper split, as they are, followed by a head of that split are a decoder, too.
 2. So is the network's own decoder, for the original labels.
-3. So is a constant, where the last layer is linear.
+3. So is a constant, where the last layer is linear and has a bias; without one, the uniform distribution.
+
+measure gives losses and bounds; whoever draws them (analysis/tables.py) takes the differences and their means.
 """
 
 import copy
@@ -56,7 +59,7 @@ def measure_splits(
     samples,
     num_classes: int,
     fresh: Callable[[], nn.Sequential],
-    recipe: heads.Tuned | heads.Thesis = heads.Tuned(),  # noqa: B008 (it is frozen)
+    recipe: heads.Tuned | heads.Thesis | None = None,
     labelings: int = 1,
     seed: int = 0,
     model_epoch: int = 0,
@@ -66,14 +69,15 @@ def measure_splits(
     """{k: the heads of the split at k}: for the original labels first, then for every digit of every enumeration.
 
     samples: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly
-    as at construction, from torch's global generators. recipe: how heads are trained. labelings counts the enumerations
-    of each class: the first in data order, the others in random orders that depend on seed alone. Heads draw their
-    weights by seed, model_epoch, k and their labeling, their batches, the same for all, by seed and model_epoch.
-    batch_size is that of training and of every pass. keep_bytes bounds the encodings kept at a time, beside those they
-    are made from.
-    Processes that torchrun started share the heads, and must all call.
+    as at construction, from torch's global generators. recipe: how heads are trained, by default Tuned with the steps
+    of 30 epochs. labelings counts the enumerations of each class: the first in data order, the others in random orders
+    that depend on seed alone. Heads draw their weights by seed, model_epoch, k and their labeling, their batches, the
+    same for all, by seed and model_epoch. batch_size is that of training and of every pass. keep_bytes bounds the
+    encodings that are kept; beyond it they are computed again at every step. Processes that torchrun started share the
+    heads, and must all call.
     The model, its modes and gradients and all global random states are left as they were.
-    Raises ValueError for labelings below 1, a k that leaves no decoder to train, and what relabel refuses.
+    Raises ValueError for labelings below 1, a k that leaves no decoder to train, outputs that are not finite, frozen
+    parameters that differ from those of fresh(), and what relabel refuses.
     """
     if labelings < 1:
         raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
@@ -81,8 +85,6 @@ def measure_splits(
     for k in splits:
         if not 0 <= k < len(model):
             raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
-        if not any(p.requires_grad for p in model[k:].parameters()):
-            raise ValueError(f"DIB: the decoder model[{k}:] has no parameters to train")
     keys, targets = label(samples.labels, num_classes, labelings, seed)
     device = samples.labels.device
     cuda = [device] if device.type == "cuda" else []
@@ -98,14 +100,33 @@ def measure_splits(
         seeded(*which, k)
         return fresh()[k:].to(device)
 
+    own = own_loss(model, samples, batch_size)
+    if not isfinite(own):
+        raise ValueError("DIB: the outputs of the model are not finite on these samples")
+    recipe = recipe or heads.Tuned(heads.steps(30, len(samples)))
     with torch.random.fork_rng(devices=cuda):
-        losses = heads.find(model, splits, samples, targets, new_head, seeded, recipe, batch_size, keep_bytes)
+        reference = new_head(0, "reference")
+        refuse_decoders(model, reference, splits)
+        losses = heads.find(
+            model, splits, samples, targets, reference, new_head, seeded, recipe, batch_size, keep_bytes
+        )
     entropies = [entropy(target, num_classes) for target in targets]
-    bounds = bound(model, splits, losses.tolist(), entropies, own_loss(model, samples, batch_size))
+    bounds = bound(reference, splits, losses.tolist(), entropies, own)
     return {
         k: [Head(*key, *rest) for key, *rest in zip(keys, entropies, of_split, bounds[k], strict=True)]
         for k, of_split in zip(splits, losses.tolist(), strict=True)
     }
+
+
+def refuse_decoders(model: nn.Sequential, reference: nn.Sequential, splits: list[int]) -> None:
+    """ValueError where there is nothing to train, or decoders as constructed are not those of this model."""
+    for k in splits:
+        if not any(p.requires_grad for p in reference[k:].parameters()):
+            raise ValueError(f"DIB: the decoder model[{k}:] has no parameters to train")
+    own = dict(model[splits[0] :].named_parameters())
+    for name, p in reference[splits[0] :].named_parameters():
+        if not p.requires_grad and not torch.equal(p, own[name]):
+            raise ValueError(f"DIB: fresh() gives the frozen parameter {name} other values than the model has")
 
 
 def label(labels: Tensor, num_classes: int, labelings: int, seed: int) -> tuple[list[tuple[int, int | str]], Tensor]:
@@ -128,17 +149,18 @@ def entropy(labels: Tensor, num_classes: int) -> float:
 
 
 def bound(
-    model: nn.Sequential, splits: list[int], losses: list[list[float]], entropies: list[float], own_loss: float
+    reference: nn.Sequential, splits: list[int], losses: list[list[float]], entropies: list[float], own_loss: float
 ) -> dict[int, list[float]]:
     """{k: the least that is known of H_V of each labeling}, from the losses of all splits, in nats.
 
-    The labelings are those of the losses, the original labels first. own_loss is that of the network itself.
+    reference: a model as constructed. The labelings are those of the losses, the original labels first. own_loss is
+    that of the network itself.
     """
     bounds, deeper, after = {}, [inf] * len(entropies), None
     for k, of_split in zip(reversed(splits), reversed(losses), strict=True):
-        if after and shared(model[k:after], model[after:]):  # a block frozen would freeze the head behind it
+        if after and shared(reference[k:after], reference[after:]):  # parameters: such layers cannot stay as they are
             deeper = [inf] * len(entropies)
-        constants = [constant_loss(model[k:], H) for H in entropies]
+        constants = [constant_loss(reference[k:], H) for H in entropies]
         known = [of_split, deeper, constants, [own_loss] + [inf] * (len(entropies) - 1)]
         bounds[k] = deeper = [min(filter(isfinite, values), default=nan) for values in zip(*known, strict=True)]
         after = k
@@ -160,6 +182,7 @@ def beaten(measured: Iterable[Head]) -> float:
 
 
 def shared(first: nn.Module, second: nn.Module) -> bool:
+    """Whether any parameter is in both."""
     return not set(first.parameters()).isdisjoint(second.parameters())
 
 
@@ -176,5 +199,5 @@ def own_loss(model: nn.Sequential, samples, batch_size: int) -> float:
 
 
 def stream(*words: object) -> int:
-    """The number of a random stream: one for each purpose and each of what it depends on."""
+    """The number that seeds a random stream: words name its purpose and what it depends on."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big")

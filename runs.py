@@ -66,7 +66,7 @@ def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps:
     steps: the rows of lr_range.csv, if there was a range test.
     """
     try:
-        for name in ("checkpoint.pt", "lr_range.csv"):
+        for name in ("checkpoint.pt", "lr_range.csv", "settle.csv"):
             (folder / name).unlink(missing_ok=True)
         if steps:
             lines = [LR_RANGE, *(",".join(map(str, step)) for step in steps)]
@@ -162,7 +162,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def append(folder: Path, rows: dict[str, list[tuple]]) -> None:
-    """Add the rows of an epoch to the CSVs, {name: rows}, and wait until they are on the disk."""
+    """Add the rows of an epoch to the CSVs, {name: rows}, and wait until they are on the disk.
+
+    settle.csv is of the epoch that was the last one, and goes.
+    """
+    (folder / "settle.csv").unlink(missing_ok=True)
     for name in COLUMNS:
         with (folder / name).open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows[name])

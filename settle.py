@@ -28,8 +28,14 @@ def heads_of(args: argparse.Namespace, epoch: int, factor: int, *what: object) -
     if epoch > 1 and "input" in args.splits:
         first = copy.copy(args)
         first.splits = ["input"]
-        found = train.measure_dib(first, *what, 1, factor) + found
+        found = [bounded(*row, found) for row in train.measure_dib(first, *what, 1, factor)] + found
     return found
+
+
+def bounded(name: str, split: str, head: dib.Head, deeper: list[tuple[str, str, dib.Head]]) -> tuple:
+    """The row of a head without encoder, bounded by all deeper heads of its set and labeling."""
+    known = [other.bound for of, _, other in deeper if of == name and other[:2] == head[:2]]
+    return name, split, head._replace(bound=min([head.bound, *known]))
 
 
 def settle(args: argparse.Namespace, epoch: int, *what: object) -> list[tuple]:

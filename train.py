@@ -306,14 +306,15 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
-    args.dib_samples = {name: len(split) for name, split in dib_sets(args, dataset).items()}
+    args.sets = [name for name in ("train", "test") if name in args.sets]
+    measured = dib_sets(args, dataset)
+    args.dib_samples = {"train": args.dib_size or len(dataset.train), "test": args.dib_size or len(dataset.test)}
     if args.heads == "thesis":
         if args.dib_lr:
             raise ValueError(f"--dib-lr {args.dib_lr:g} is for tuned heads, and --heads is thesis")
-        refuse_small_batches(model, list(args.dib_samples.values()), args.batch_size)
+        refuse_small_batches(model, list(map(len, measured.values())), args.batch_size)
     else:
         args.dib_lr = args.dib_lr or heads.RATE
-    args.sets = [name for name in ("train", "test") if name in args.sets]
     args.splits = list(models.splits(model, args.splits))
     args.compile = choose_compile(device, args.compile)
     args.precision = choose_precision(device, args.precision)
@@ -415,6 +416,7 @@ def run(
 def dib_sets(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, data.Split]:
     """The samples of each set that DIB measures: all, or --dib-size of them."""
     sets = {"train": dataset.train, "test": dataset.test}
+    sets = {name: sets[name] for name in args.sets if args.dib}
     if args.dib_size is None:
         return sets
     what = f"--dib-size of the {args.data} {{}} set"
@@ -470,7 +472,7 @@ def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dic
         layer, (_, _, value) = list(values.items())[-1]
         parts.append(f"NC1 {name} {layer} {value:.4g}")
     if beaten:
-        parts.append("heads beaten " + ", ".join(f"{name} {share:.0%}" for name, share in beaten.items()))
+        parts.append("heads beaten " + ", ".join(f"{name} {share:.1%}" for name, share in beaten.items()))
     parts.append(", ".join(f"{part} {seconds[part]:.1f} s" for part in ("train", "NC1", "DIB")))
     return f"epoch {epoch}  " + "  ".join(parts)
 

@@ -67,7 +67,7 @@ def _norm(width: int) -> nn.BatchNorm2d:
 
 
 class _Divide(nn.Module):
-    """The source divides the logits, which is the same: 256 is a power of two, so that not a bit of them differs."""
+    """The source divides the logits, which is the same but for underflow: 256 is a power of two."""
 
     def __init__(self, by: float):
         super().__init__()

@@ -549,7 +549,9 @@ def few(
         seeded(*which, k)
         return build()[k:].to(DEVICE)
 
-    (losses,) = heads.find(model, [k], split, targets, new_head, seeded, recipe, heads.BATCH, dib.KEEP_BYTES)
+    (losses,) = heads.find(
+        model, [k], split, targets, new_head(0, "reference"), new_head, seeded, recipe, heads.BATCH, dib.KEEP_BYTES
+    )
     return losses
 
 

@@ -158,7 +158,7 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(dib, "stream", lambda *words: streams.setdefault(words, stream(*words)))
     for model_epoch in (0, 1):
         dib.measure_splits(plain(), [1, 2], toy(), 3, plain, Tuned(8), labelings=2, model_epoch=model_epoch)
-    assert {words[0] for words in streams} == {"enumerations", "sizes", "head", "batches"}
+    assert {words[0] for words in streams} == {"enumerations", "reference", "head", "batches"}
     assert len(set(streams.values())) == len(streams)
     J = 1 + 2 * 4  # 28 to 81 samples of the largest class: four digits
     assert sum(words[0] == "head" for words in streams) == 2 * 2 * 8 * J  # epochs, splits, starts
@@ -329,3 +329,29 @@ def test_a_decoder_without_parameters_is_refused(rest):
 
     with pytest.raises(ValueError, match="DIB"):
         dib.measure(build(), 1, toy(), 3, build, Tuned(8))
+
+
+def test_refuses_outputs_that_are_not_finite():
+    model = plain()
+    model.hidden1[0].weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the outputs of the model are not finite"):
+        measure(toy(), model=model)
+
+
+def test_a_frozen_model_is_measured_with_what_fresh_trains():
+    torch.manual_seed(0)
+    model = plain()
+    expected = dib.measure(model, 1, toy(), 3, plain, Tuned(8))
+    assert dib.measure(model.requires_grad_(False), 1, toy(), 3, plain, Tuned(8)) == expected
+    assert all(head.bound <= head.entropy for head in expected)
+
+
+def test_refuses_frozen_parameters_that_are_drawn_anew():
+    def build() -> nn.Sequential:
+        model = plain()
+        model.hidden2[0].weight.requires_grad_(False)
+        return model
+
+    with pytest.raises(ValueError, match=r"fresh\(\) gives the frozen parameter hidden2.0.weight other values"):
+        dib.measure(build(), 1, toy(), 3, build, Tuned(8))
+    dib.measure(build(), 3, toy(), 3, build, Tuned(8))  # the decoder has none of them

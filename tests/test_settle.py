@@ -51,8 +51,13 @@ def test_once_the_steps_are_the_heads_of_the_last_epoch(tmp_path, kind):
     assert [line[2:6] for line in of_input] == [line[1:5] for line in first]  # measured once, in the first epoch
     for a, b in zip(of_input, first, strict=True):
         assert float(a[7]) == pytest.approx(float(b[6]), rel=1e-4)
+    bounds = {tuple(line[2:6]): float(line[8]) for line in of_input}
+    for _, _, rest in found:  # input holds what any layer does
+        name, _, *which, _, _, bound = rest.split(",")
+        assert bounds[name, "input", *which] <= float(bound)
     assert (run / "checkpoint.pt").read_bytes() == checkpoint
     train.main([*TINY, "--heads", kind, "--labelings", "2", "--epochs", "3", "--resume", "--run-dir", str(run)])
+    assert not (run / "settle.csv").exists()  # it was of epoch 2
 
 
 def test_more_steps_find_more_and_a_second_call_replaces_the_first(whole, monkeypatch, capsys):  # noqa: F811

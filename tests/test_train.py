@@ -136,7 +136,7 @@ def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monk
     found = [(name, "hidden1", dib.Head(0, 0, 1.0, loss, 0.5)) for name in one for loss in (0.5, 0.5, one[name])]
     monkeypatch.setattr(train, "measure_dib", lambda *_: found)
     run(tmp_path / "run", "--epochs", "1")
-    assert "  heads beaten train 33%, test 0%  " in capsys.readouterr().out
+    assert "  heads beaten train 33.3%, test 0.0%  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
