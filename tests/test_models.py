@@ -145,7 +145,9 @@ def test_cifarnet_is_that_of_its_source():
     assert all([name for name, _ in norm.named_parameters()] == ["bias"] for norm in norms)
 
 
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ConvNeXt")) for name in models.ARCHITECTURES]
+)
 def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
     """Every parameter and buffer of the trained model is 7; those of the heads are as at construction."""
     options = {"whitening": torch.full((8, 1, 2, 2), 0.5)} if name == "CIFARNet" else {}
