@@ -54,6 +54,12 @@ def flattens(layer: nn.Module) -> bool:
     return kind(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
+def repeats(decoder: nn.Module) -> bool:
+    """Whether any parameter of the decoder is in two places."""
+    places = [p for _, p in decoder.named_parameters(remove_duplicate=False)]
+    return len(set(places)) < len(places)
+
+
 def find(
     model: nn.Sequential,
     splits: list[int],
@@ -69,8 +75,8 @@ def find(
     """The losses that heads of every split reach for each of the targets (J, N): (splits, J) float64, in nats.
 
     reference: a model as constructed: how decoders are made, and how large their parameters are. new_head(k, *which)
-    constructs a decoder of split k. seeded(*words) seeds torch's global generators, and returns one
-    of its own. Processes that torchrun started share the heads, and must all call.
+    constructs a decoder of split k. seeded(*words) seeds torch's global generators, and returns one of its own.
+    Processes that torchrun started share the heads, and must all call.
     """
     batches = torch.arange(targets.shape[1], device=targets.device).split(batch_size)
     sizes = parameter_sizes(reference)
@@ -341,8 +347,7 @@ def standardised(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor,
     linear = kind(layer) is nn.Linear and (flat or z.dim() == 2)
     if not (linear or kind(layer) is nn.Conv2d) or not layer.weight.requires_grad:
         return encode
-    everywhere = [p for _, p in decoder.named_parameters(remove_duplicate=False)]
-    if len(set(everywhere)) < len(everywhere):  # what the first layer absorbs would change another one
+    if repeats(decoder):  # what the first layer absorbs would change another one
         return encode
     over, N = (0,) if linear else (0, 2, 3), sum(map(len, batches))
     mean, square = torch.zeros(2, *z.double().mean(over, keepdim=True).shape, dtype=torch.float64, device=z.device)
@@ -379,14 +384,11 @@ def encoder(blocks: nn.Sequential, source: Encoder, batches: tuple[Tensor, ...],
 def is_plain(decoder: nn.Sequential) -> bool:
     """Whether stacked can run the decoder: linear layers and elementwise functions one after another, each once."""
     layers = leaves(decoder)
-    names = list(decoder.named_parameters(remove_duplicate=False))
-    if getattr(layers[0], "inplace", False):  # it would work on what all heads share
+    layers = layers[flattens(layers[0]) :]
+    if layers and getattr(layers[0], "inplace", False):  # it would work on what all heads share
         return False
-    return (
-        len(set(layers)) == len(layers)
-        and len({p for _, p in names}) == len(names)
-        and all(kind(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers[flattens(layers[0]) :])
-    )
+    once = len(set(layers)) == len(layers) and not repeats(decoder)
+    return once and all(kind(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
 
 
 def stack_parameters(heads: list[nn.Sequential]) -> dict[str, Tensor]:

@@ -423,10 +423,6 @@ def dib_sets(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, data.
     return {name: split.some(args.dib_size, dataset.num_classes, what.format(name)) for name, split in sets.items()}
 
 
-def dib_batch_size(args: argparse.Namespace) -> int:
-    return args.batch_size if args.heads == "thesis" else heads.BATCH
-
-
 def dib_steps(args: argparse.Namespace, name: str) -> int:
     """The steps of DIB's heads on a set: sets compare only after the same number, and tuned heads take it on both."""
     if args.heads == "thesis":
@@ -449,16 +445,16 @@ def measure_dib(
     The split without encoder does not change, and is measured in the first epoch alone.
     """
     if args.heads == "thesis":
-        recipe = heads.Thesis(make_optimizer, factor * args.dib_epochs)
+        recipe, batch_size = heads.Thesis(make_optimizer, factor * args.dib_epochs), args.batch_size
     else:
-        recipe = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr)
+        recipe, batch_size = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr), heads.BATCH
     names = {k: name for name, k in models.splits(model, args.splits).items() if epoch == 1 or k > 0}
     options = {"labelings": args.labelings, "seed": args.seed, "model_epoch": epoch}
     rows = []
     for name in args.sets:
         measure = partial(dib.measure_splits, model, names, sets[name], num_classes, build, recipe, **options)
         keep_bytes = bytes_to_keep(torch.device(args.device))
-        found = within_memory(f"DIB of the {name} set", measure, dib_batch_size(args), keep_bytes)
+        found = within_memory(f"DIB of the {name} set", measure, batch_size, keep_bytes)
         rows += [(name, names[k], head) for k, of_split in found.items() for head in of_split]
     return rows
 

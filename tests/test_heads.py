@@ -729,3 +729,4 @@ def test_a_norm_whose_scale_begins_at_0_is_not_absorbed():
 
 def test_a_decoder_that_begins_in_place_is_not_plain():
     assert not heads.is_plain(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)))
+    assert not heads.is_plain(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 3)))
