@@ -49,7 +49,8 @@ def test_splits_measured_together_are_what_each_is_alone(build, shape, recipe):
         alone = dib.measure(model, k, split, 3, build, recipe, batch_size=40, seed=4)
         for got, expected in zip(together[k], alone, strict=True):
             assert got[:3] == expected[:3]
-            assert got.loss == pytest.approx(expected.loss, rel=1e-9)
+            # absolute: where classes can be separated, rounding tells at which loss near 0 the optimum is left
+            assert got.loss == pytest.approx(expected.loss, rel=1e-9, abs=1e-9)
             assert got.bound <= expected.bound + 1e-9
 
 
