@@ -402,6 +402,7 @@ def features(kind: str, N: int = 200, d: int = 5) -> Tensor:
         return torch.randn(300, 30) * torch.randn(300, 1).mul(2).exp()
     z = torch.randn(N, d) + 1
     if kind == "collinear":
+        z = (1024 * z).round() / 1024  # so that sums are exact: their rounding would be directions, too
         z = torch.cat([z, z[:, :2] + z[:, 2:4], z[:, :1]], dim=1)
     elif kind == "constant":
         z = torch.cat([z, torch.full((N, 1), 3.0), torch.zeros(N, 1)], dim=1)
