@@ -4,7 +4,8 @@ Every function is for any number of processes; in a program that torch.distribut
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,14 +75,32 @@ def told_by_first(thing: Any) -> Any:
     return things[0]
 
 
-def agree(refusal: str | None) -> None:
-    """Raise ValueError in every process with the first refusal of any, so that none goes on alone."""
+@contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses (ValueError, OSError) is raised as ValueError in all, so that none goes on alone."""
+    refusal = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refusal = str(error)
     refusals = [refusal]
     if _several():
         refusals = [None] * world()
         dist.all_gather_object(refusals, refusal)
     for text in filter(None, refusals):
         raise ValueError(text)
+
+
+@contextmanager
+def first_alone(wanted: bool) -> Iterator[None]:
+    """Where wanted, the first process goes through alone, and the others after it."""
+    if wanted and rank() > 0:
+        meet()
+    try:
+        yield
+    finally:
+        if wanted and rank() == 0:
+            meet()
 
 
 def meet() -> None:

@@ -1,7 +1,7 @@
 """The folder of a run: CSVs, hparams.json, and a checkpoint from which the run goes on after a crash at any moment.
 
-The rows of an epoch are appended at its end, and count once the checkpoint has been replaced: it holds the length and
-the checksum of each CSV, and resume cuts off what comes after.
+The rows of an epoch are appended at its end, those of epochs.csv last: an epoch that has these has all. They count once
+the checkpoint has been replaced: it holds the length and checksum of each CSV, and resume cuts off what comes after.
 """
 
 import csv
@@ -11,16 +11,18 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
 import torch
 
 COLUMNS = {
-    "epochs.csv": "epoch,set,loss,accuracy,seconds",
     "nc1.csv": "epoch,set,layer,dim,rank,nc1",
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,bound",
+    "epochs.csv": "epoch,set,loss,accuracy,seconds",
 }
+BEGUN = -1  # the epoch of a run's first checkpoint, before epoch 0 is measured
 
 # Of a run that began with a range test; chosen is 1 at the rate that the run then has.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
@@ -28,8 +30,9 @@ LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
 # Of the heads of the last epoch, trained longer (settle.py).
 SETTLE = "factor,steps,set,split,permutation,labeling,entropy,loss,bound"
 
-# What may change when a run is resumed: how far to go, where things are, the versions and the processes.
-MAY_DIFFER = ("epochs", "resume", "run_dir", "data_dir", "download", "torch", "torchvision", "processes")
+# What may change when a run is resumed: how far to go, where and with what; and what is left to the device.
+ELSEWHERE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
+MAY_DIFFER = (*ELSEWHERE, "chosen", "compile", "precision")
 
 
 @contextmanager
@@ -61,7 +64,7 @@ def header(name: str) -> bytes:
 
 
 def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps: list[tuple]) -> None:
-    """Write the CSVs with their headers, hparams.json and the checkpoint of epoch 0, or nothing.
+    """Write the CSVs with their headers, hparams.json and the first checkpoint, or nothing.
 
     steps: the rows of lr_range.csv, if there was a range test.
     """
@@ -73,7 +76,7 @@ def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps:
             write(folder / "lr_range.csv", ("\n".join(lines) + "\n").encode())
         for name in COLUMNS:
             write(folder / name, header(name))
-        save(folder, 0, hparams, device, parts)
+        save(folder, BEGUN, hparams, device, parts)
         write_hparams(folder, hparams)
     except OSError as error:
         for name in (*COLUMNS, "checkpoint.pt", "hparams.json", "lr_range.csv"):
@@ -93,7 +96,7 @@ def load(folder: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         hparams, epoch, tables = state["hparams"], state["epoch"], state["tables"]
-        if set(tables) != set(COLUMNS) or not 0 <= epoch <= hparams["epochs"]:
+        if set(tables) != set(COLUMNS) or not BEGUN <= epoch <= hparams["epochs"]:
             raise ValueError("it lacks a table or an epoch")
         sizes = {name: (int(size), int(checksum)) for name, (size, checksum) in tables.items()}
     except Exception as error:  # torch.load raises half a dozen kinds for files that are no checkpoints
@@ -115,7 +118,8 @@ def load(folder: Path) -> dict:
     for name, (size, checksum) in sizes.items():
         content = (folder / name).read_bytes() if (folder / name).exists() else b""
         if len(content) < size or crc32(content[:size]) != checksum:
-            raise ValueError(f"{folder / name} is not as epoch {epoch} left it: it was edited or cut short")
+            when = f"epoch {epoch}" if epoch > BEGUN else "its start"
+            raise ValueError(f"{folder / name} is not as {when} left it: it was edited or cut short")
     return state
 
 
@@ -123,10 +127,13 @@ def restore(folder: Path, state: dict, device: torch.device, parts: dict) -> Non
     """Bring the parts and the random states to where the loaded checkpoint has them."""
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name] or name != "scaler":  # which has no state where the run had no use for it
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["random"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"], device)
+        elif device.type == "cuda":  # so far the run was on a CPU: a new stream, and not again that of the seed
+            torch.cuda.manual_seed(int.from_bytes(sha256(state["random"].numpy()).digest()[:7], "big"))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / 'checkpoint.pt'} does not fit the model: {reason}") from error

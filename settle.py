@@ -5,31 +5,31 @@
 The network is that of the run's checkpoint. settle.csv in its folder has the heads; make plots draws them by steps.
 """
 
-import argparse
-import copy
 import csv
 import io
+import shlex
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import dib
+import flags
 import runs
 import train
 from analysis.tables import newest
+from command import Parser, Progress, catch_signals, one_line
 
 FACTORS = (1, 2, 4, 8)
 
 
-def heads_of(args: argparse.Namespace, epoch: int, factor: int, *what: object) -> list[tuple[str, str, dib.Head]]:
+def heads_of(run: train.Run, epoch: int, factor: int) -> list[tuple[str, str, dib.Head]]:
     """(set, split, head) of all heads of the last epoch, and of those without encoder as the first epoch had them."""
-    found = train.measure_dib(args, *what, epoch, factor)
-    if epoch > 1 and "input" in args.splits:
-        first = copy.copy(args)
-        first.splits = ["input"]
-        found = [bounded(*row, found) for row in train.measure_dib(first, *what, 1, factor)] + found
-    return found
+    first = flags.first_measured(run.args.measure_dib)
+    if epoch == first:
+        return train.measure_dib(run, epoch, run.args.splits, factor)
+    found = train.measure_dib(run, epoch, [name for name in run.args.splits if name != "input"], factor)
+    of_input = train.measure_dib(run, first, [name for name in run.args.splits if name == "input"], factor)
+    return [bounded(*row, found) for row in of_input] + found
 
 
 def bounded(name: str, split: str, head: dib.Head, deeper: list[tuple[str, str, dib.Head]]) -> tuple:
@@ -38,12 +38,12 @@ def bounded(name: str, split: str, head: dib.Head, deeper: list[tuple[str, str, 
     return name, split, head._replace(bound=min([head.bound, *known]))
 
 
-def settle(args: argparse.Namespace, epoch: int, *what: object) -> list[tuple]:
+def settle(run: train.Run, epoch: int) -> list[tuple]:
     """The rows of settle.csv."""
     rows = []
     for factor in tqdm(FACTORS, "times the steps", leave=False, disable=None):
-        found = heads_of(args, epoch, factor, *what)
-        rows += [(factor, factor * train.dib_steps(args, name), name, split, *head) for name, split, head in found]
+        found = heads_of(run, epoch, factor)
+        rows += [(factor, factor * train.dib_steps(run.args, name), name, split, *head) for name, split, head in found]
         share = dib.beaten(head for *_, head in found)
         tqdm.write(f"{factor} times the steps: {share:.0%} of the heads beaten")
     return rows
@@ -57,28 +57,26 @@ def write(folder: Path, rows: list[tuple]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = train.Parser(prog="settle.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="settle.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", type=Path, help="the folder of a run (the newest under runs/)")
     folder = parser.parse_args(arguments).run
-    progress = train.Progress("settle.csv is as it was", "and the same command begins again")
-    with train.one_line(parser, progress):
+    progress = Progress("settle.csv is as it was", "and the same command begins again")
+    with one_line(parser, progress):
         folder = folder or newest()
         with runs.locked(folder):
             state = runs.load(folder)
-            epoch = state["epoch"]
-            if epoch == 0 or not state["hparams"].get("dib"):
+            epoch, recorded = state["epoch"], state["hparams"]
+            args = flags.adopt(["--resume", "--run-dir", str(folder)], folder, recorded)
+            if not args.dib or epoch < flags.first_measured(args.measure_dib):
                 raise ValueError(f"{folder} holds no epoch in which DIB was measured")
-            flags = ["--resume", "--run-dir", str(folder)]
-            args = train.adopt_flags(train.make_parser(), flags, folder, state["hparams"])
-            dataset, build, make_optimizer, parts, _ = train.prepare(args)
-            runs.restore(folder, state, torch.device(args.device), parts)
+            run, _ = train.prepare(args)
+            runs.restore(folder, state, run.device, run.parts)
             progress.running = True
-            sets = train.dib_sets(args, dataset)
-            rows = settle(args, epoch, sets, dataset.num_classes, parts["model"], build, make_optimizer)
-            write(folder, rows)
-        print(f"done: {folder / 'settle.csv'}; make plots RUN={folder} draws it")
+            write(folder, settle(run, epoch))
+        quoted = shlex.quote(shlex.quote(str(folder)))  # for make, which hands it on to a shell
+        print(f"done: {folder / 'settle.csv'}; make plots RUN={quoted} draws it")
 
 
 if __name__ == "__main__":
-    train.catch_signals()
+    catch_signals()
     main()

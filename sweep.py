@@ -11,18 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import runs
-import train
+from command import Parser
 
 caught: list[int] = []  # signals, after which no further run is begun
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = train.Parser(prog="sweep.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("seeds", type=train.number(int, 1), help="how many, from 0; then any flag of train.py")
-    args, flags = parser.parse_known_args(arguments)
-    given = train.make_parser().parse_args(flags)
-    chosen = any(flag.split("=")[0] == "--seed" for flag in flags)
+    parser = Parser(prog="sweep.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("seeds", type=flags.number(int, 1), help="how many, from 0; then any flag of train.py")
+    args, rest = parser.parse_known_args(arguments)
+    given = flags.parse(rest)
+    chosen = any(word.split("=")[0] == "--seed" for word in rest)
     if given.run_dir or given.resume or chosen or given.tune == "only":
         parser.error("--seed, --run-dir, --resume and --tune only are not for a sweep, which chooses them")
     seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -34,8 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     outcomes = {}
     for seed in seeds:
         given.seed = seed
-        folder = train.run_folder(given)
-        outcomes[folder] = one([*flags, "--seed", str(seed)], folder)
+        folder = flags.run_folder(given)
+        outcomes[folder] = one([*rest, "--seed", str(seed)], folder)
         if caught:
             break
     for folder, status in outcomes.items():
@@ -46,26 +47,26 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(128 + caught[0] if caught else int(left > 0))
 
 
-def one(flags: list[str], folder: Path) -> str:
+def one(words: list[str], folder: Path) -> str:
     """Bring the run in the folder to its end, and say how that went."""
     if (folder / "hparams.json").exists():
         try:
             state = runs.load(folder)
-            wanted = train.adopt_flags(train.make_parser(), flags, folder, state["hparams"])
+            wanted = flags.adopt(words, folder, state["hparams"])
         except (ValueError, OSError) as error:
             return f"failed: {error}"
         if state["epoch"] >= wanted.epochs:
             return "finished before"
-        flags = [*flags, "--resume"]
-    status = launch(flags)
+        words = [*words, "--resume"]
+    status = launch(words)
     if caught:
         return f"stopped by {signal.Signals(caught[0]).name}; the same command goes on"
     return "done" if status == 0 else f"failed with status {status}"
 
 
-def launch(flags: list[str]) -> int:
+def launch(words: list[str]) -> int:
     """train.py in a process of its own, told of a SIGTERM within a second; a keyboard's SIGINT reaches it anyway."""
-    child = subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *flags])
+    child = subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *words])
     told = False
     while True:
         try:

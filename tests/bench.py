@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import data
 import dib
+import flags
 import heads
 import models
 import nc1
@@ -354,19 +355,20 @@ def bench_ranks() -> Iterator[Row]:
     yield medians("DIB MLP, two processes", "N 3481, splits 5, heads 12, epochs 30", pairs, 1 / 1.7)
 
 
-def trained(*flags: str) -> tuple[nn.Sequential, Callable[[], nn.Sequential], data.Dataset, dict[str, list[dict]]]:
-    """A network as train.py leaves it, in eval mode, the constructor of such networks, the data, the run's tables."""
+def trained(*options: str) -> tuple[nn.Sequential, Callable[[], nn.Sequential], data.Split, dict[str, list[dict]]]:
+    """A network as train.py leaves it, in eval mode, the constructor of such networks, the training set, the run's
+    tables."""
     torch.set_num_threads(THREADS)  # train.py takes one thread for a small model, and so do its measures
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        options, tables = [*flags, "--run-dir", f"{folder}/run"], {}
+        options, tables = [*options, "--run-dir", f"{folder}/run"], {}
         train.main(options)
-        dataset, build, _, parts, _ = train.prepare(train.make_parser().parse_args(options))
+        run, _ = train.prepare(flags.parse(options))
         state = torch.load(f"{folder}/run/checkpoint.pt", map_location=DEVICE, weights_only=True)
         for name in ("epochs.csv", "dib.csv"):
             with open(f"{folder}/run/{name}") as file:
                 tables[name] = list(csv.DictReader(file))
-    parts["model"].load_state_dict(state["model"])
-    return parts["model"].eval(), build, dataset, tables
+    run.model.load_state_dict(state["model"])
+    return run.model.eval(), run.build, run.sets["train"], tables
 
 
 def best_known(find: Callable[[heads.Tuned, int], torch.Tensor], steps: int, slow: bool) -> torch.Tensor:
@@ -430,8 +432,8 @@ def time_saved(
 
 
 def quality_of_mlp(slow: bool) -> Iterator[Row]:
-    model, build, dataset, _ = trained(*UNMEASURED)
-    split, cuts = dataset.train, models.splits(model)
+    model, build, split, _ = trained(*UNMEASURED)
+    cuts = models.splits(model)
     keys, targets = dib.label(split.labels, 2, 1, 0)
     steps = heads.steps(30, len(split))
 
@@ -493,8 +495,8 @@ def quality_of_mnistnet(data_dir: str, slow: bool) -> Iterator[Row]:
         print(f"skipped: {error}")
         return
     of_data = ("-d", "FashionMNIST", "--data-dir", data_dir, "--train-size", "5000")
-    model, build, dataset, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
-    split, cuts = dataset.train, models.splits(model, ["conv2", "hidden1"])
+    model, build, split, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
+    cuts = models.splits(model, ["conv2", "hidden1"])
     _, targets = dib.label(split.labels, 10, 1, 0)
     steps = heads.steps(30, len(split))
 
@@ -567,8 +569,8 @@ def quality_of_convolutional(args: argparse.Namespace) -> Iterator[Row]:
         ("ResNet", "block6", (0.005, 0.01), "ratio >= 5"),
     ]
     for name, cut, goals, goal in cases:
-        model, build, dataset, _ = trained("-m", name, "-d", "bench", *UNMEASURED)
-        split, k = dataset.train, models.splits(model, [cut])[cut]
+        model, build, split, _ = trained("-m", name, "-d", "bench", *UNMEASURED)
+        k = models.splits(model, [cut])[cut]
         keys, targets = dib.label(split.labels, 10, 1, 0)
         targets = targets[[keys.index((0, labeling)) for labeling in ("y", 1)]]
         find = partial(few, model, k, split, targets, build)

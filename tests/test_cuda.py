@@ -11,6 +11,7 @@ import heads
 import models
 import nc1
 import train
+from flags import PRECISIONS
 from relabel import relabel
 from tests.toys import Toy, check_run, clusters
 
@@ -70,7 +71,7 @@ def test_heads_that_draw_repeat_and_leave_the_random_state():
 
 
 @pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
-@pytest.mark.parametrize("precision", train.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
 def test_two_epochs_of_every_model(tmp_path, pictures, monkeypatch, model, precision, compiled):
     torch._dynamo.reset()  # it compiles a function eight times at most, and all models are run by the same one

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nc1
-import train
+from flags import make_parser
 from relabel import relabel
 from tests.toys import Toy, clusters
 from tests.yardsticks import dense_nc1
@@ -62,9 +62,7 @@ def test_nc1_agrees_with_the_dense_formula(C, d, more, spread, offset, batch_siz
     assert value == pytest.approx(dense_nc1(split.x, split.labels, C), rel=1e-6)
 
 
-FLAGS = [
-    flag for action in train.make_parser()._actions for flag in action.option_strings if "h" not in flag.strip("-")[:1]
-]
+FLAGS = [flag for action in make_parser()._actions for flag in action.option_strings if "h" not in flag.strip("-")[:1]]
 NUMBERS = st.one_of(st.integers(), st.floats()).map(str)
 WORDS = st.sampled_from(
     ["MLP", "SZT", "ResNet", "Tanh", "SGD", "cpu", "train", "input", "runs/a", "--", "-1", "nan", "1e-3"]
@@ -77,7 +75,7 @@ def test_flags_are_understood_or_refused_on_one_line(arguments):
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:
-            args = train.make_parser().parse_args(arguments)
+            args = make_parser().parse_args(arguments)
         except SystemExit as stop:
             lines = error.getvalue().splitlines()
             refused = stop.code == 2 and len(lines) == 1 and lines[0].startswith("train.py: error: ")

@@ -18,6 +18,7 @@ import dib
 import nc1
 import runs
 import train
+from flags import choose_precision
 from tests.test_train import ROOT, refusal
 
 # thesis heads, which take few steps
@@ -469,9 +470,9 @@ def test_deterministic_runs(tmp_path, whole):
 def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     cuda = torch.device("cuda")
-    assert train.choose_precision(cuda, None) == "float16"
+    assert choose_precision(cuda, None) == "float16"
     with pytest.raises(ValueError, match="--precision bfloat16 is not to be had on cuda: expected float32 or float16"):
-        train.choose_precision(cuda, "bfloat16")
+        choose_precision(cuda, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert train.choose_precision(cuda, None) == "bfloat16"
-    assert train.choose_precision(torch.device("cpu"), "float16") == "float16"
+    assert choose_precision(cuda, None) == "bfloat16"
+    assert choose_precision(torch.device("cpu"), "float16") == "float16"

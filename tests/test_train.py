@@ -16,6 +16,7 @@ import models
 import nc1
 import runs
 import train
+from flags import PRECISIONS
 from relabel import relabel
 from tests.toys import check_run
 
@@ -144,7 +145,7 @@ def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monk
     [
         pytest.param(m, p, marks=[pytest.mark.slow] * (m == "ConvNeXt" or (m, p) == ("CIFARNet", "float16")))
         for m in models.ARCHITECTURES
-        for p in train.PRECISIONS
+        for p in PRECISIONS
     ],
 )
 def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, precision):

@@ -18,6 +18,7 @@ import models
 import nc1
 import runs
 import train
+from flags import PRECISIONS
 
 
 class Toy:
@@ -67,7 +68,7 @@ def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str
     options = ["--device", device, "--precision", precision, "--run-dir", str(folder), *flags]
     options += ["--widths", "4", "3"] if model == "MLP" else []
     train.main(["-m", model, "-d", "CIFAR10", "-b", "20", "--dib-epochs", "1", "--splits", LAST[model], *options])
-    assert dtypes == {train.PRECISIONS[precision]}
+    assert dtypes == {PRECISIONS[precision]}
 
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     assert bool(checkpoint["scaler"]) == (precision == "float16")

@@ -1,0 +1,360 @@
+"""What can be asked of train.py: parsed, checked, filled in; what a resumed run may change.
+
+Flags become an argparse.Namespace, `args`. parse makes it, of a command line or of a run that goes on; fill_in, once
+data and model are there, gives every flag that was left open the value that it has in this run. hparams.json has it.
+"""
+
+import argparse
+import ast
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from math import ceil
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+import data
+import heads
+import models
+import ranks
+import runs
+from command import Parser
+from models import cifarnet, mlp
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+SCHEDULES = ("constant", "steps", "cosine", "one-cycle")
+LEARNING_RATE = 2e-3
+
+# What others published, as far as these flags can say it; `model`: the one that it was published for, if not any.
+RECIPES = {
+    # Papyan, Han & Donoho (PNAS 2020): the rate that they found best for cross-entropy, of 25
+    "papyan": {
+        "optimizer": "SGD",
+        "optimizer_options": {"momentum": 0.9, "weight_decay": 5e-4},
+        "learning_rate": 0.0679,
+        "batch_size": 128,
+        "schedule": "steps",
+        "epochs": 350,
+        "measure": "log",
+    },
+    # Oikarinen (github tuomaso/train_mnist_fast): MNISTNet's own
+    "oikarinen": {
+        "model": "MNISTNet",
+        "optimizer": "Adam",
+        "optimizer_options": {"betas": [0.7, 0.9]},
+        "learning_rate": 0.01,
+        "batch_size": 256,
+        "schedule": "one-cycle",
+        "epochs": 1,
+    },
+    # Shwartz-Ziv & Tishby (github ravidziv/IDNNs), but for their initial weights
+    "shwartz-ziv": {
+        "model": "MLP",
+        "nonlinearity": "Tanh",
+        "optimizer": "Adam",
+        "learning_rate": 4e-4,
+        "batch_size": 512,
+        "epochs": 8000,
+        "measure": "log",
+    },
+}
+
+
+def number(kind: type, low: float, strict: bool = False) -> Callable:
+    """An argparse type: an int or float of at least low, or above it if strict, that fits 64 bits."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if strict else low <= value):
+            bound = "above" if strict else "of at least"
+            raise argparse.ArgumentTypeError(f"expected a number {bound} {low}, got {text}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+class Optimizer(argparse.Action):
+    """NAME [option=value ...]: the name, and a dict of torch's options of that name beside it."""
+
+    def __call__(self, parser, args, words, flag=None) -> None:
+        name, *pairs = words
+        if name not in OPTIMIZERS:
+            raise argparse.ArgumentError(
+                self, f"invalid choice: {name!r} (choose from {', '.join(map(repr, OPTIMIZERS))})"
+            )
+        options = {}
+        for pair in pairs:
+            key, _, text = pair.partition("=")
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise argparse.ArgumentError(
+                    self, f"expected options like momentum=0.9 or betas=0.9,0.99, got {pair!r}"
+                ) from None
+            options[key] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        if "lr" in options:
+            raise argparse.ArgumentError(self, "the learning rate is --learning-rate's, got lr as an option")
+        try:
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr=LEARNING_RATE, **{"fused": True} | options)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise argparse.ArgumentError(self, f"torch.optim.{name} refuses {' '.join(pairs)}: {error}") from None
+        args.optimizer, args.optimizer_options = name, options
+
+
+class Epochs(argparse.Action):
+    """all, log or numbers of epochs."""
+
+    def __call__(self, parser, args, words, flag=None) -> None:
+        if words in (["all"], ["log"]):
+            setattr(args, self.dest, words[0])
+        elif all(word.isascii() and word.isdigit() and int(word) < 2**63 for word in words):
+            setattr(args, self.dest, sorted(set(map(int, words))))
+        else:
+            raise argparse.ArgumentError(self, f"expected all, log or numbers of epochs from 0, got {' '.join(words)}")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="train.py", description="Train a network and measure it.", allow_abbrev=False)
+    flag, count, both = parser.add_argument, number(int, 1), ["train", "test"]
+    flag("-m", "--model", default="MLP", choices=models.ARCHITECTURES, help="architecture (%(default)s)")
+    flag("-d", "--data", default="SZT", choices=data.SOURCES, help="data set (%(default)s)")
+    flag("-w", "--widths", type=count, nargs="+", metavar="N", help="of the MLP (10 7 5 4 3)")
+    flag("-nl", "--nonlinearity", choices=mlp.NONLINEARITIES, help="of the MLP (ReLU)")
+    flag("-b", "--batch-size", type=count, default=400, metavar="N", help="in training and measuring (%(default)s)")
+    flag("-lr", "--learning-rate", type=number(float, 0, strict=True), metavar="X", help=f"({LEARNING_RATE})")
+    flag(
+        "--tune", nargs="?", const="first", choices=["first", "only"], metavar="only",
+        help="find the learning rate by a range test and train with it (only: do not train)",
+    )  # fmt: skip
+    flag(
+        "-opt", "--optimizer", nargs="+", action=Optimizer, default="AdamW", metavar=("NAME", "OPTION=VALUE"),
+        help=f"{', '.join(OPTIMIZERS)}, with torch's options, as momentum=0.9 (AdamW)",
+    )  # fmt: skip
+    parser.set_defaults(optimizer_options={})
+    flag("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate (%(default)s)")
+    flag("--recipe", choices=RECIPES, help="a published one: sets the flags that are not given beside it")
+    flag("--epochs", type=count, default=15, metavar="N", help="(%(default)s)")
+    flag("--seed", type=number(int, 0), default=0, metavar="N", help="of all that is drawn (%(default)s)")
+    flag("--train-size", type=count, metavar="N", help="samples to train on, as many of each class (all)")
+    flag("--sets", nargs="+", default=both, choices=both, help="where NC1 and DIB are measured (train test)")
+    flag(
+        "--measure", nargs="+", action=Epochs, default="all", metavar=("all | log | N", "N"),
+        help="the epochs after which NC1 and DIB are measured, 0 being the network before training (%(default)s)",
+    )  # fmt: skip
+    flag(
+        "--measure-dib", nargs="+", action=Epochs, metavar=("all | log | N", "N"),
+        help="those of DIB (as --measure)",
+    )  # fmt: skip
+    flag("--no-nc1", dest="nc1", action="store_false", help="do not measure NC1")
+    flag("--no-dib", dest="dib", action="store_false", help="do not measure DIB")
+    flag("--dib-epochs", type=count, default=30, metavar="N", help="epochs of DIB's heads (%(default)s)")
+    flag(
+        "--dib-size", type=count, metavar="N", help="samples of each set that DIB measures, as many of each class (all)"
+    )
+    flag("--heads", choices=["tuned", "thesis"], default="tuned", help="how DIB's heads are trained (%(default)s)")
+    flag("--dib-lr", type=number(float, 0, strict=True), metavar="X", help=f"relative, of tuned heads ({heads.RATE})")
+    flag("--splits", nargs="+", metavar="NAME", help="last blocks of DIB's encoders (input, for none, and the stages)")
+    flag("--labelings", type=count, default=1, metavar="R", help="data order and R - 1 random ones (%(default)s)")
+    flag("--precision", choices=PRECISIONS, help="of training (float32; on CUDA bfloat16 or, without it, float16)")
+    flag("-c", "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training (on CUDA)")
+    flag("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
+    flag("--data-dir", default="datasets", metavar="DIR", help="where image files are (%(default)s)")
+    flag("--download", action="store_true", help="fetch the images into --data-dir if they are not there")
+    flag("--deterministic", action="store_true", help="on CUDA only algorithms that repeat bit for bit; slower")
+    flag("--run-dir", metavar="DIR", help="the run's folder (runs/<model>-<data>-seed<seed>)")
+    flag("--resume", action="store_true", help="go on from the last finished epoch, with the flags of the run")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags as given, else those of the recipe, else the defaults; ends the program on bad ones."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.recipe and not args.resume:  # a run that goes on has what it had
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args(arguments)
+        published = RECIPES[args.recipe].get("model", args.model)
+        if args.model != published:
+            parser.error(f"--recipe {args.recipe} is that of {published}, and the model is {args.model}")
+    return args
+
+
+def adopt(arguments: list[str] | None, folder: Path, recorded: dict) -> argparse.Namespace:
+    """The arguments, with the flags recorded of a run as defaults; ValueError for flags that differ from them."""
+    parser = make_parser()
+    names = set(vars(parser.parse_args([]))) - {"resume", "run_dir"}
+    if recorded.get("tune") == "only":
+        raise ValueError(f"--resume: {folder} holds a range test alone, which has no epochs")
+    lacking = sorted(names.union(["chosen"]) - set(recorded))
+    if lacking:
+        raise ValueError(f"{folder} holds a run of another version: it has no {', '.join(lacking)}")
+    had = {name: recorded[name] for name in names}
+    anew = dict.fromkeys(recorded["chosen"])  # what was left to the device is chosen again, perhaps for another one
+    parser.set_defaults(**had | anew)
+    args = parser.parse_args(arguments)
+    for name in sorted(names.difference(runs.ELSEWHERE)):
+        given = getattr(args, name)
+        before = had[name]
+        same = set(given) == set(before) if name in ("sets", "splits") else given == before
+        if not same and not (name in anew and given is None):
+            raise ValueError(f"--resume: --{name.replace('_', '-')} is {given}, and the run in {folder} has {before}")
+    if args.epochs < had["epochs"]:
+        raise ValueError(f"--resume: --epochs may grow, and {args.epochs} is less than {had['epochs']}")
+    if args.epochs > had["epochs"] and args.schedule != "constant":
+        raise ValueError(
+            f"--resume: --epochs cannot grow from {had['epochs']} to {args.epochs}, on which --schedule "
+            f"{args.schedule} depends"
+        )
+    return args
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    alone = "-lr-range" if args.tune == "only" else ""
+    return Path(args.run_dir or f"runs/{args.model}-{args.data}-seed{args.seed}{alone}")
+
+
+def is_measured(when: str | list[int], epoch: int, last: int) -> bool:
+    """Whether an epoch is one after which --measure says to measure, the last being that of the run.
+
+    log: 0 and 10^(i/8), rounded, whatever the run's length, so that runs share epochs; and the last.
+    """
+    if when == "log":
+        return epoch in (0, last) or epoch in {round(10 ** (i / 8)) for i in range(160)}
+    return when == "all" or epoch in when
+
+
+def first_measured(when: str | list[int]) -> int:
+    """The first epoch that is measured: where what does not change is."""
+    return 0 if when in ("all", "log") else when[0]
+
+
+def choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in here:
+        raise ValueError(f"--device {name} is not to be had here: expected one of {', '.join(here)}")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name.startswith("cuda") and processes > 1:  # torchrun gives each process a number, and so a device
+        if name != "cuda" or processes > torch.cuda.device_count():
+            raise ValueError(
+                f"--device {name} cannot be shared by {processes} processes: expected cuda, "
+                f"and at most {torch.cuda.device_count()} processes"
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # DIB keeps the random state of the current device
+    return torch.device(name)
+
+
+def model_options(args: argparse.Namespace, dataset: data.Dataset) -> dict:
+    """The options of the architecture, from its flags or the data; args gets their defaults."""
+    if args.model == "MLP":
+        args.widths, args.nonlinearity = args.widths or list(mlp.WIDTHS), args.nonlinearity or "ReLU"
+        return {"widths": tuple(args.widths), "nonlinearity": args.nonlinearity}
+    if args.widths or args.nonlinearity:
+        raise ValueError(f"--widths and --nonlinearity are for MLP, and the model is {args.model}")
+    if args.model == "CIFARNet" and len(dataset.input_shape) == 3:
+        some = torch.arange(min(5000, len(dataset.train)), device=dataset.train.labels.device)
+        return {"whitening": cifarnet.filters(dataset.train.batch(some)[0]).cpu()}
+    return {}
+
+
+def fill_in(args: argparse.Namespace, device: torch.device, dataset: data.Dataset, model: nn.Sequential) -> None:
+    """Give every flag the value that it has in this run; ValueError for what these data and model do not allow."""
+    args.chosen = [name for name in ("compile", "device", "precision") if getattr(args, name) is None]
+    args.device = device.type if ranks.world() > 1 else str(device)
+    args.run_dir = str(run_folder(args))
+    args.compile = choose_compile(device, args.compile)
+    args.precision = choose_precision(device, args.precision)
+    refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
+    args.sets = [name for name in ("train", "test") if name in args.sets]
+    args.splits = list(models.splits(model, args.splits))
+    args.measure_dib = args.measure if args.measure_dib is None else args.measure_dib
+    for name in ("measure", "measure_dib"):
+        when = getattr(args, name)
+        if isinstance(when, list) and when[-1] > args.epochs:
+            raise ValueError(f"--{name.replace('_', '-')} names epoch {when[-1]}, and the last is {args.epochs}")
+    args.dib_samples = {"train": args.dib_size or len(dataset.train), "test": args.dib_size or len(dataset.test)}
+    if args.heads == "tuned":
+        args.dib_lr = args.dib_lr or heads.RATE
+        return
+    if args.dib_lr:
+        raise ValueError(f"--dib-lr {args.dib_lr:g} is for tuned heads, and --heads is thesis")
+    measured = [args.dib_samples[name] for name in args.sets if args.dib]
+    refuse_small_batches(model, measured, args.batch_size)
+
+
+def refuse_small_batches(model: nn.Module, sizes: list[int], batch_size: int, processes: int = 1) -> None:
+    """ValueError where a process gets batches of fewer samples than a step needs; BatchNorm cannot do with one."""
+    least = 1 + any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for size in sizes:
+        smallest = size // ceil(size / batch_size) // processes
+        if smallest < least:
+            raise ValueError(
+                f"--batch-size {batch_size} gives each of {processes} processes batches of {smallest}, "
+                f"and this model needs at least {least} samples"
+            )
+
+
+def choose_compile(device: torch.device, wanted: bool | None) -> bool:
+    """By default where it pays, on CUDA, if torch.compile has there what it calls."""
+    if device.type == "cpu":
+        needs = {"a C++ compiler ($CXX or g++)": shutil.which(os.environ.get("CXX", "g++"))}
+    else:
+        needs = {
+            "a C compiler ($CC, gcc or clang)": any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
+            "the package triton": find_spec("triton"),
+            "Python's C headers": Path(sysconfig.get_path("include"), "Python.h").exists(),
+            "a GPU of compute capability 7.0": torch.cuda.get_device_capability(device) >= (7, 0),
+        }
+    missing = [name for name, found in needs.items() if not found]
+    if wanted and missing:
+        raise ValueError(f"--compile needs {', '.join(missing)}, which cannot be found here")
+    return device.type == "cuda" and not missing if wanted is None else wanted
+
+
+def choose_precision(device: torch.device, wanted: str | None) -> str:
+    """By default bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
+    if device.type != "cuda":
+        return wanted or "float32"
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise ValueError(f"--precision bfloat16 is not to be had on {device}: expected float32 or float16")
+    return wanted or ("bfloat16" if has_bfloat16 else "float16")
+
+
+def optimizer_of(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
+    """What makes an optimizer of parameters, and of lr where the flags have none yet."""
+    rate = {"lr": args.learning_rate} if args.learning_rate else {}
+    return partial(OPTIMIZERS[args.optimizer], **{"fused": True} | args.optimizer_options | rate)
+
+
+def schedule_of(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over the steps of the whole run; to be stepped after each of them."""
+    schedulers = torch.optim.lr_scheduler
+    # one cycle: torch would move the momentum, too, over what was asked for
+    one_cycle = {"max_lr": args.learning_rate, "total_steps": steps, "cycle_momentum": False}
+    return {
+        "constant": partial(schedulers.ConstantLR, factor=1.0),
+        "steps": partial(schedulers.MultiStepLR, milestones=[round(steps / 3), round(2 * steps / 3)], gamma=0.1),
+        "cosine": partial(schedulers.CosineAnnealingLR, T_max=steps),
+        "one-cycle": partial(schedulers.OneCycleLR, **one_cycle),
+    }[args.schedule](optimizer)
+
+
+def hparams_of(args: argparse.Namespace) -> dict:
+    """What hparams.json holds."""
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    return {**vars(args), **versions, "processes": ranks.world()}
