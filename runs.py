@@ -51,11 +51,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def refuse_existing(folder: Path) -> None:
     """Raise ValueError where there is anything of a run, but for one that ended before its first epoch did."""
-    existing = [name for name in (*COLUMNS, "checkpoint.pt") if (folder / name).exists()]
-    unmeasured = "epochs.csv" in existing and all(
-        (folder / name).read_bytes() == header(name) for name in COLUMNS if name in existing
-    )
-    if existing and not unmeasured:
+    tables = [name for name in COLUMNS if (folder / name).exists()]
+    unmeasured = tables and all((folder / name).read_bytes() == header(name) for name in tables)
+    if (tables or (folder / "checkpoint.pt").exists()) and not unmeasured:
         raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --run-dir")
 
 

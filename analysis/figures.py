@@ -70,7 +70,7 @@ def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int
             else:
                 curve(axis, line.set_index(across), label, "-", looks[layer], width)
         if across == "epoch":
-            style.whole(axis)
+            style.epoch_axis(axis, group.uneven)
         else:
             style.steps(axis, means.loc[means["set"] == each, across])
         axis.set_xlabel(across)
@@ -99,7 +99,7 @@ def draw_training(fig: Figure, groups: list[Group]) -> None:
             for each, dash in style.DASHES.items():
                 axis.plot([], [], color="black", linestyle=dash, label=each)
         axis.set_xlabel("epoch")
-        style.whole(axis)
+        style.epoch_axis(axis, any(group.uneven for group in groups))
     axes[0].set_ylabel("cross-entropy (nats)")
     axes[1].set_ylabel("accuracy")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
@@ -126,7 +126,7 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
         table = group.tables["nc1"]
         layers = list(table["layer"].unique())
         table = table.assign(depth=[1 + layers.index(layer) for layer in table["layer"]])
-        for epoch, marker in zip(group.shown, cycle(style.MARKERS), strict=False):
+        for epoch, marker in zip(group.shown("nc1"), cycle(style.MARKERS), strict=False):
             look = {"color": style.of_epoch(epoch, group.last), "marker": marker}
             fits = []
             for each, axis in zip(group.sets, axes, strict=True):
@@ -248,7 +248,7 @@ def track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
     if points.empty:
         return
     means = points.groupby("epoch")[["x", "y"]].mean()
-    means = means[means.index.isin(spaced(means.index.max(), 20))]
+    means = means.loc[spaced(means.index.tolist(), 20)]
     x, y = means.to_numpy().T
     axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.7)
     axis.plot(x[-1:], y[-1:], markersize=7, mec="white", mew=0.5, linestyle="", label=label, zorder=3, **look)
@@ -266,7 +266,7 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
     """The layers of an epoch joined by a line, in the colour of the epoch."""
     for part, group in rows(fig, groups):
         axes, looks = plane(part, group)
-        shown = spaced(group.last, 40)
+        shown = spaced(group.epochs("dib"), 40)
         for each, axis in zip(group.sets, axes, strict=True):
             means = group.of("information", each).groupby(["layer", "epoch"], sort=False)[list(MEASURES)].mean()
             means = means.reset_index()
@@ -288,7 +288,8 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
 def colour_bar(fig: FigureBase, axes: np.ndarray, last: int) -> None:
     bar = fig.colorbar(ScalarMappable(style.epochs(last), style.EPOCHS), ax=list(axes), label="epoch")
     bar.solids.set(rasterized=False, edgecolor="face")  # lines in a PDF, like everything else
-    bar.ax.yaxis.set_major_locator(FixedLocator([t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= last]))
+    ticks = [0, *(each * 10**power for power in range(6) for each in (1, 2, 5))]
+    bar.ax.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= last]))
     bar.ax.yaxis.set_major_formatter(ScalarFormatter())
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 

@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import FuncNorm, ListedColormap
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
@@ -48,9 +48,9 @@ def colours(names: list) -> dict[str, dict]:
     }
 
 
-def epochs(last: int) -> LogNorm:
+def epochs(last: int) -> FuncNorm:
     """The norm that gives epochs their colours: early ones, when most happens, are told apart too."""
-    return LogNorm(1, max(2, last))
+    return FuncNorm((np.log1p, np.expm1), 0, max(2, last))
 
 
 def of_epoch(epoch: ArrayLike, last: int) -> np.ndarray:
@@ -68,9 +68,15 @@ def thin(count: int) -> int:
     return max(1, count // 15)
 
 
-def whole(axis: Axes) -> None:
-    """Ticks at whole epochs."""
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+def epoch_axis(axis: Axes, log: bool) -> None:
+    """Ticks at whole epochs; on a log axis, epoch 0 stands beside epoch 1."""
+    if log:
+        axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+        axis.xaxis.set_major_locator(FixedLocator([0, *(10**power for power in range(7))]))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def steps(axis: Axes, there: ArrayLike) -> None:

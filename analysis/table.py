@@ -22,7 +22,7 @@ def fits(groups: list[Group]) -> pd.DataFrame:
         parts = [(f"seed {its['seed']}", table[table["seed"] == its["seed"]]) for its in group.hparams]
         if len(parts) > 1:
             parts.append((group.seeds(tables.MEAN_SD), table))
-        for name, part in parts if group.last else []:
+        for name, part in parts if group.last >= 0 else []:
             row = {"run": group.label, "seeds": name, "epochs": str(group.last)}
             for value, unit in (("loss", "nats"), ("accuracy", "%")):
                 for each in SETS:
@@ -32,12 +32,12 @@ def fits(groups: list[Group]) -> pd.DataFrame:
 
 
 def layers(group: Group) -> pd.DataFrame:
-    """NC1, minimality and sufficiency (bits) after the last epoch, over seeds: a row for each layer.
+    """NC1, minimality and sufficiency (bits) after the last epoch that has them, over seeds: a row for each layer.
 
     The input was measured in the first epoch, and does not change.
     """
     nc1, information = (
-        table[(table["epoch"] == group.last) | (table["layer"] == tables.INPUT)]
+        table[(table["epoch"] == table["epoch"].max()) | (table["layer"] == tables.INPUT)]
         for table in (group.tables["nc1"], group.tables["information"])
     )
     first = [tables.INPUT] if tables.INPUT in set(information["layer"]) else []
@@ -112,11 +112,19 @@ def heads(group: Group) -> str:
     )
 
 
+def when(group: Group) -> str:
+    """The epoch after which the layers were measured last; those, where NC1 and DIB have different ones."""
+    lasts = {name: max(group.epochs(table)) for name, table in (("NC1", "nc1"), ("DIB", "dib")) if group.epochs(table)}
+    if len(set(lasts.values())) <= 1:
+        return f"epoch {max(lasts.values(), default=group.last)}"
+    return ", ".join(f"{name} epoch {epoch}" for name, epoch in lasts.items())
+
+
 def titled(groups: list[Group]) -> list[tuple[str, pd.DataFrame, str]]:
     """The table of all runs and that of the layers of each group, with what they are and a note; none without rows."""
     found = [("Loss and accuracy", fits(groups), "")]
     for group in groups:
-        title = f"{group.label}, epoch {group.last}, {group.seeds(tables.MEAN_SD)}"
+        title = f"{group.label}, {when(group)}, {group.seeds(tables.MEAN_SD)}"
         found.append((title, layers(group), heads(group)))
     return [each for each in found if len(each[1])]
 

@@ -29,7 +29,7 @@ COUNTS = ("epoch", "factor", "steps")
 KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
 # How long, where and with what a run was made, which does not change what an epoch of it is.
 ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
-FOLLOWS = ("dib_samples",)  # what follows from other flags
+FOLLOWS = ("dib_samples", "chosen")  # what follows from other flags
 INPUT = "input"  # the split without encoder, measured once
 BEATEN = 1e-3  # bits: a head whose loss is further above what is known to be possible was not found
 MEAN_SD = "mean ± sd of "
@@ -41,7 +41,8 @@ class Group:
 
     label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, splits called
     layers too, the input's bounds those of all epochs, and information (by epoch) and settling (by steps) beside them;
-    a measure that was switched off is an empty table. shown: the epochs compared by depth.
+    a measure that was switched off is an empty table. last: -1 where no epoch is finished. asked: the epochs to be
+    compared by depth, if not those that are evenly spaced.
     """
 
     label: str
@@ -49,12 +50,26 @@ class Group:
     hparams: list[dict]
     tables: dict[str, pd.DataFrame]
     last: int
-    shown: list[int]
+    asked: list[int] | None
 
     def seeds(self, of: str = "", table: str = "") -> str:
         """The seed; for several, what of how many: of all, or of those that have rows in a table."""
         seeds = self.tables[table]["seed"].unique() if table else [its["seed"] for its in self.hparams]
         return f"{of}{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+    def epochs(self, table: str) -> list[int]:
+        """Those in which a table has rows, in order."""
+        return sorted(self.tables[table]["epoch"].unique().tolist())
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the measured epochs lie further and further apart, and are drawn on a log axis."""
+        return any(len(set(np.diff(self.epochs(table)))) > 1 for table in ("nc1", "dib"))
+
+    def shown(self, table: str) -> list[int]:
+        """The epochs of a table that are compared by depth."""
+        there = self.epochs(table)
+        return spaced(there, 4) if self.asked is None else [epoch for epoch in self.asked if epoch in there]
 
     @property
     def layers(self) -> list[str]:
@@ -131,11 +146,11 @@ def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
         together(label(its, flags, runs[0][0]), runs, epochs) for its, runs in zip(flags, found.values(), strict=True)
     ]
     for group in made:
-        for epoch in group.shown:
-            if group.last and not 1 <= epoch <= group.last:
-                raise ValueError(
-                    f"epoch {epoch} cannot be shown: {group.label} was measured in epochs 1 to {group.last}"
-                )
+        measured = sorted({*group.epochs("nc1"), *group.epochs("dib")})
+        for epoch in (epochs or []) if measured else []:
+            if epoch not in measured:
+                there = ", ".join(map(str, measured))
+                raise ValueError(f"epoch {epoch} cannot be shown: {group.label} was measured in epochs {there}")
     return made
 
 
@@ -194,31 +209,32 @@ def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
     for name in COLUMNS:
         each = [its[name].assign(seed=flags["seed"]) for its, flags in zip(tables, hparams, strict=True)]
         joined[name] = pd.concat(each, ignore_index=True).rename(columns={"split": "layer"})
-        if name not in OPTIONAL:
-            joined[name] = joined[name][joined[name]["epoch"] <= last]
+        if name not in OPTIONAL:  # runs of other lengths end with an epoch that the others do not measure
+            common = set.intersection(*(set(its["epoch"]) for its in each))
+            joined[name] = joined[name][joined[name]["epoch"].isin(common) & (joined[name]["epoch"] <= last)]
     joined["dib"] = with_input_bounded(joined["dib"])
     joined["information"] = information(joined["dib"], "epoch")
     joined["settling"] = information(joined["settle"], "steps")
-    return Group(label, list(folders), list(hparams), joined, last, epochs or spaced(last, 4))
+    return Group(label, list(folders), list(hparams), joined, last, epochs)
 
 
 def finished(tables: dict[str, pd.DataFrame]) -> int:
-    """The last epoch that has all its rows: a run that goes on, or was killed, has some of the next one.
+    """The last epoch that has all its rows, -1 for none: a run that goes on, or was killed, has some of the next one.
 
-    All are those of a full epoch; in the first it cannot be known.
+    Those of both sets in epochs.csv are the last that are written of an epoch.
     """
-    dib = tables["dib"]
-    lasts = []
-    for table in (tables["epochs"], tables["nc1"], dib[dib["split"] != INPUT]):
-        rows = table.groupby("epoch").size()
-        if len(rows):  # else it was not measured
-            lasts.append(int(rows.index[rows == rows.max()].max()))
-    return min(lasts, default=0)
+    sets = tables["epochs"].groupby("epoch")["set"].nunique()
+    return int(sets.index[sets == 2].max()) if (sets == 2).any() else -1
 
 
-def spaced(last: int, count: int) -> list[int]:
-    """So many epochs from the first to the last, evenly on a log scale; fewer where they would coincide."""
-    return sorted(set(np.geomspace(1, max(last, 1), count).round().astype(int).tolist()))
+def spaced(epochs: list[int], count: int) -> list[int]:
+    """So many of the epochs, in order, from the first to the last, evenly on a scale of log(1 + epoch); fewer where
+    they would coincide."""
+    if not epochs:
+        return []
+    places = np.log1p(epochs)
+    wanted = np.linspace(places[0], places[-1], count)
+    return [epochs[i] for i in sorted({int(np.abs(places - place).argmin()) for place in wanted})]
 
 
 def read(run: Path) -> dict[str, pd.DataFrame]:
@@ -259,7 +275,9 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
         elif column in WORDS:
             bad, expected = texts == "", "a name"
         elif column in COUNTS:
-            bad, expected = ~texts.str.fullmatch("[1-9][0-9]{,8}"), "a whole number from 1"
+            # epoch 0 is the network before training
+            least, form = (0, "0|[1-9][0-9]{,8}") if column == "epoch" else (1, "[1-9][0-9]{,8}")
+            bad, expected = ~texts.str.fullmatch(form), f"a whole number from {least}"
             table[column] = pd.to_numeric(texts, errors="coerce")
         else:
             table[column] = pd.to_numeric(texts, errors="coerce")

@@ -1,11 +1,14 @@
 """CIFAR10, FashionMNIST and MNIST, read by torchvision and handed on as uint8 tensors."""
 
+import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.datasets import CIFAR10
 
 NUM_CLASSES = 10
 # name: shape of an image, number of training and of test images
@@ -14,15 +17,44 @@ FACTS = {
     "FashionMNIST": ((1, 28, 28), 60_000, 10_000),
     "MNIST": ((1, 28, 28), 60_000, 10_000),
 }
+# Of the files that are read, as they are unpacked: FashionMNIST's have the names of MNIST's.
+MD5 = {
+    "CIFAR10": dict(CIFAR10.train_list + CIFAR10.test_list),
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+}
 FOLDERS = {"CIFAR10": "cifar-10-batches-py", "FashionMNIST": "FashionMNIST/raw", "MNIST": "MNIST/raw"}
 
 
 def load(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Train inputs (N, channels, height, width) uint8 and labels (N,) int64, test inputs and labels, number of classes.
 
-    Raises ValueError where the files are missing, cannot be read or do not hold the published number of images.
+    Raises ValueError where the files are missing or are not the published ones.
     """
+    _refuse_others(name, Path(root, FOLDERS[name]), download)
     return (*_read(name, root, True, download), *_read(name, root, False, download), NUM_CLASSES)
+
+
+def _refuse_others(name: str, folder: Path, download: bool) -> None:
+    """ValueError for a file that is not the published one; where it can be fetched anew it is put aside instead, as
+    torchvision fetches only what is missing."""
+    for file, published in MD5[name].items():
+        path = folder / file
+        if not path.is_file() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == published:
+            continue
+        if not download:
+            raise ValueError(f"{path} is not the file that {name} has there: run once with --download to fetch it anew")
+        path.replace(path.with_name(f"{file}.other"))
 
 
 def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,7 @@ def write_mnist(root, name: str, sizes: tuple[int, int]) -> dict[str, np.ndarray
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
 def test_mnist_files(tmp_path, monkeypatch, name):
     monkeypatch.setitem(images.FACTS, name, ((1, 28, 28), 30, 20))
+    monkeypatch.setitem(images.MD5, name, {})  # which the published files alone have
     made = write_mnist(tmp_path, name, (30, 20))
     dataset = data.load(name, str(tmp_path))
     assert (dataset.num_classes, dataset.input_shape) == (10, (1, 28, 28))
@@ -88,6 +89,7 @@ def test_mnist_files(tmp_path, monkeypatch, name):
 def test_cifar_files(tmp_path, monkeypatch):
     """The pickles torchvision reads; its MD5 check, which holds for the published files alone, is switched off."""
     monkeypatch.setitem(images.FACTS, "CIFAR10", ((3, 32, 32), 25, 5))
+    monkeypatch.setitem(images.MD5, "CIFAR10", {})
     monkeypatch.setattr(images.torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(images.torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
@@ -112,8 +114,35 @@ def test_missing_files_say_what_to_run_and_where_they_are_looked_for(tmp_path, n
         data.load(name, str(tmp_path))
 
 
+def test_another_file_is_named_and_is_put_aside_to_be_fetched(tmp_path, monkeypatch):
+    """As where FashionMNIST's files stand in MNIST's folder, or a download was cut short."""
+    made = write_mnist(tmp_path, "MNIST", (30, 20))
+    monkeypatch.setitem(images.FACTS, "MNIST", ((1, 28, 28), 30, 20))
+    raw, whole = tmp_path / "MNIST/raw", {}
+    for path in raw.iterdir():
+        whole[path.name] = path.read_bytes()
+    monkeypatch.setitem(images.MD5, "MNIST", {name: hashlib.md5(whole[name]).hexdigest() for name in whole})
+    data.load("MNIST", str(tmp_path))
+    name = "t10k-images-idx3-ubyte"
+    (raw / name).write_bytes(whole[name][:-1] + b"x")
+    with pytest.raises(
+        ValueError, match=f"{raw / name} is not the file that MNIST has there: run once with --download"
+    ):
+        data.load("MNIST", str(tmp_path))
+
+    def fetch(self) -> None:
+        for missing in set(whole) - {path.name for path in raw.iterdir()}:
+            (raw / missing).write_bytes(whole[missing])
+
+    monkeypatch.setattr(images.torchvision.datasets.MNIST, "download", fetch)
+    dataset = data.load("MNIST", str(tmp_path), download=True)
+    assert np.array_equal(dataset.test.inputs[:, 0], made["t10k"])
+    assert (raw / f"{name}.other").read_bytes()[-1:] == b"x"
+
+
 def test_truncated_and_short_files(tmp_path, monkeypatch):
     write_mnist(tmp_path, "MNIST", (30, 20))
+    monkeypatch.setitem(images.MD5, "MNIST", {})
     with pytest.raises(
         ValueError, match=r"holds \(30, 1, 28, 28\) images and 30 labels, expected \(60000, 1, 28, 28\)"
     ):

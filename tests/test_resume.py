@@ -422,7 +422,7 @@ def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole, mod
 
     monkeypatch.setattr(module, name, short)
     train.main([*TINY, "--run-dir", str(tmp_path / "run")])
-    assert sizes == [(16, nc1.KEEP_BYTES), (8, 0)] * 4
+    assert sizes == [(16, nc1.KEEP_BYTES), (8, 0)] * 6
     got, expected = results(tmp_path / "run"), results(whole)
     assert got["epochs.csv"] == expected["epochs.csv"]
     if module is nc1:
@@ -450,13 +450,13 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as end:
         train.main([*TINY, "--run-dir", str(tmp_path / "run")])
     assert end.value.code == 1
-    expected = "the training loss is not finite after the last step of epoch 1, at learning rate 0.002; finished epochs"
+    expected = "the training loss is not finite after the last step of epoch 0, at learning rate 0.002; finished epochs"
     assert expected in capsys.readouterr().err
 
 
 def test_a_batch_may_be_larger_than_the_set(tmp_path):
     train.main([*TINY, "-b", "5000", "--epochs", "1", "--run-dir", str(tmp_path / "run")])
-    assert len((tmp_path / "run" / "epochs.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "run" / "epochs.csv").read_text().splitlines()) == 5
 
 
 def test_deterministic_runs(tmp_path, whole):

@@ -47,7 +47,7 @@ def test_once_the_steps_are_the_heads_of_the_last_epoch(tmp_path, kind):
         assert {(line[2], int(line[1])) for line in of_factor} == {(n, factor * s) for n, s in steps.items()}
         assert [line[2:6] for line in of_factor if line[3] != "input"] == [rest.split(",")[:4] for _, _, rest in found]
     of_input = [line.split(",") for line in lines(run / "settle.csv", "1,") if ",input," in line]
-    first = [line.split(",") for line in lines(run / "dib.csv", "1,") if ",input," in line]
+    first = [line.split(",") for line in lines(run / "dib.csv", "0,") if ",input," in line]
     assert [line[2:6] for line in of_input] == [line[1:5] for line in first]  # measured once, in the first epoch
     for a, b in zip(of_input, first, strict=True):
         assert float(a[7]) == pytest.approx(float(b[6]), rel=1e-4)

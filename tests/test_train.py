@@ -48,14 +48,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     tables = run(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
     assert [",".join(t.columns) for t in tables.values()] == list(runs.COLUMNS.values())
-    epochs, collapse, decoders = tables.values()
-    assert epochs[["epoch", "set"]].values.tolist() == [[1, "train"], [1, "test"], [2, "train"], [2, "test"]]
+    collapse, decoders, epochs = tables.values()
+    assert epochs[["epoch", "set"]].values.tolist() == [[e, s] for e in (0, 1, 2) for s in ("train", "test")]
     assert (epochs["loss"] > 0).all()
     assert epochs["accuracy"].between(0, 1).all()
     assert (epochs["seconds"] >= 0).all()
     assert collapse[["epoch", "set", "layer", "dim", "rank"]].values.tolist() == [
         [e, s, layer, dim, 1]
-        for e in (1, 2)
+        for e in (0, 1, 2)
         for s in ("train", "test")
         for layer, dim in (("hidden1", 4), ("hidden2", 3))
     ]
@@ -64,10 +64,10 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     D = {s: relabel(split.labels, 2).shape[1] for s, split in (("train", dataset.train), ("test", dataset.test))}
     expected = [
         [e, s, cut, p, labeling]
-        for e in (1, 2)
+        for e in (0, 1, 2)
         for s in ("train", "test")
         for cut in ("input", "hidden1", "hidden2")
-        if e == 1 or cut != "input"  # measured once: no encoder, nothing to change
+        if e == 0 or cut != "input"  # measured once: no encoder, nothing to change
         for p, labeling in [(0, "y")] + [(p, str(k)) for p in (0, 1) for k in range(D[s])]
     ]
     assert decoders[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
@@ -81,10 +81,10 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
     assert checkpoint["optimizer"]["param_groups"][0]["fused"]
-    assert set(checkpoint) == {"epoch", "hparams", "tables", "random", "model", "optimizer", "scaler"}
+    assert set(checkpoint) == {"epoch", "hparams", "tables", "random", "model", "optimizer", "schedule", "scaler"}
     assert len(checkpoint["optimizer"]["state"]) == 6  # two moments for every weight and bias
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{e}/2"] for e in (0, 1, 2)]
 
 
 def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
@@ -119,7 +119,7 @@ def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, siz
     flags += ["--dib-size", str(size)] if size else []
     run(tmp_path / "run", "-d", "SZT", *flags, *(["--dib-lr", "0.3"] if kind == "tuned" else []))
     sizes = [size, size] if size else [3481, 615]
-    assert [N for N, *_ in seen] == sizes
+    assert [N for N, *_ in seen] == 2 * sizes  # in epochs 0 and 1
     for _, batch_size, recipe in seen:
         if kind == "tuned":
             assert (batch_size, recipe) == (400, heads.Tuned(3 * 20, 0.3))  # 9 batches, or 1, and 20 are the least
@@ -268,7 +268,7 @@ def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "summary", look)
     run(tmp_path / "run", "--splits", "hidden2")
-    assert epochs == [[1, 1, 1], [2, 2, 2]]
+    assert epochs == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
