@@ -62,6 +62,7 @@ venv: $(VENV) ## make .venv from the requirements files; the other targets do so
 
 $(VENV): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; PYTHON=... names one")'
+	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || { echo "This Python cannot make a .venv: install its venv package (on Debian and Ubuntu python3-venv)"; exit 1; }
 	@echo "Installing the packages into .venv; torch takes some minutes."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

@@ -5,11 +5,13 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,9 +44,16 @@ def stop(number: int, frame: object) -> None:
     raise Stop(number)
 
 
-def catch_signals() -> None:
+def begin() -> None:
+    """What a program does first: a signal is to become a Stop, and what a terminal cannot show no error."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+    sys.stdout.reconfigure(errors="replace")
+
+
+def for_make(path: Path) -> str:
+    """The path as an argument RUN=... on a command line, from which make hands it on to another shell."""
+    return shlex.quote(shlex.quote(str(path)))
 
 
 @dataclass

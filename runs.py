@@ -5,12 +5,15 @@ the checkpoint has been replaced: it holds the length and checksum of each CSV, 
 """
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
@@ -30,6 +33,9 @@ LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
 # Of the heads of the last epoch, trained longer (settle.py).
 SETTLE = "factor,steps,set,split,permutation,labeling,entropy,loss,bound"
 
+# What a file system answers that does not know what it is asked for, as those of some networks and containers.
+UNKNOWN = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
 # What may change when a run is resumed: how far to go, where and with what; and what is left to the device.
 ELSEWHERE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
 MAY_DIFFER = (*ELSEWHERE, "chosen", "compile", "precision")
@@ -44,6 +50,10 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}") from None
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+            say(f"the file system of {folder} knows no locks: a second process that writes there is not kept out")
         yield
     finally:
         os.close(descriptor)
@@ -103,7 +113,7 @@ def load(folder: Path) -> dict:
 
     path = folder / "hparams.json"
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:  # json names line and column
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(recorded, dict):
@@ -162,8 +172,18 @@ def write(path: Path, content: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too, has to reach the disk
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+        say(f"the file system of {path.parent} flushes no folders: if the power fails, an epoch may be lost")
     finally:
         os.close(folder)
+
+
+@cache
+def say(line: str) -> None:
+    """Once, however often it holds."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def append(folder: Path, rows: dict[str, list[tuple]]) -> None:
@@ -173,7 +193,7 @@ def append(folder: Path, rows: dict[str, list[tuple]]) -> None:
     """
     (folder / "settle.csv").unlink(missing_ok=True)
     for name in COLUMNS:
-        with (folder / name).open("a", newline="") as file:
+        with (folder / name).open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows[name])
             file.flush()
             os.fsync(file.fileno())

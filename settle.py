@@ -7,7 +7,6 @@ The network is that of the run's checkpoint. settle.csv in its folder has the he
 
 import csv
 import io
-import shlex
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ import flags
 import runs
 import train
 from analysis.tables import newest
-from command import Parser, Progress, catch_signals, one_line
+from command import Parser, Progress, begin, for_make, one_line
 
 FACTORS = (1, 2, 4, 8)
 
@@ -73,10 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
             runs.restore(folder, state, run.device, run.parts)
             progress.running = True
             write(folder, settle(run, epoch))
-        quoted = shlex.quote(shlex.quote(str(folder)))  # for make, which hands it on to a shell
-        print(f"done: {folder / 'settle.csv'}; make plots RUN={quoted} draws it")
+        print(f"done: {folder / 'settle.csv'}; make plots RUN={for_make(folder)} draws it")
 
 
 if __name__ == "__main__":
-    catch_signals()
+    begin()
     main()

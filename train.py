@@ -7,7 +7,6 @@ Everything measured goes into the CSVs of the run's folder, which analysis/plots
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ import models
 import nc1
 import ranks
 import runs
-from command import Progress, catch_signals, one_line
+from command import Progress, begin, for_make, one_line
 
 # A CPU shares the steps of a smaller model among threads at no gain, and where another program wants a core at a great
 # loss (DIB of MLP on SZT, two cores: 0.6 s with one or two threads alone; beside a busy program 0.6 s and 2 to 30 s).
@@ -356,8 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.tune != "only":
             train(run, state["epoch"] if state else runs.BEGUN)
         if first:
-            quoted = shlex.quote(shlex.quote(str(folder)))  # for make, which hands it on to a shell
-            print(f"done: the run is in {folder}; make plots RUN={quoted} draws it")
+            print(f"done: the run is in {folder}; make plots RUN={for_make(folder)} draws it")
         ranks.leave()
 
 
@@ -367,11 +365,9 @@ def announce(run: Run, state: dict | None, tried: list[tuple]) -> None:
     if tried:
         tqdm.write(f"learning rate {run.args.learning_rate:.3g}, by the range test: {folder}/lr_range.csv")
     if had != run.args.device:
-        tqdm.write(
-            f"goes on with {run.args.device}, after {had}: numbers are not bit for bit what they would have been"
-        )
+        tqdm.write(f"goes on with {run.args.device}, after {had}: numbers differ in their last bits")
 
 
 if __name__ == "__main__":
-    catch_signals()
+    begin()
     main()

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, also where there is no screen
-import matplotlib.pyplot as plt
+import matplotlib.style
 from matplotlib.figure import Figure
 
 from analysis import figures, style
@@ -159,11 +156,10 @@ def names(groups: list[Group]) -> list[str]:
 def picture(name: str, groups: list[Group], formats: tuple[str, ...]) -> list[bytes]:
     """The figure of that name as a file of each format."""
     files = [BytesIO() for _ in formats]
-    with plt.rc_context(style.STYLE):
+    with matplotlib.style.context(style.STYLE, after_reset=True):  # whatever a matplotlibrc says
         fig = figure(name, groups)
         for file, each in zip(files, formats, strict=True):
             fig.savefig(file, format=each)
-        plt.close(fig)
     return [file.getvalue() for file in files]
 
 
@@ -171,7 +167,7 @@ def figure(name: str, groups: list[Group]) -> Figure:
     """The figure of that name, of the groups that have it, laid out once for all formats."""
     kind = KINDS[name]
     groups = [group for group in groups if kind.has(group)]
-    fig = plt.figure(figsize=size(kind, groups))
+    fig = Figure(figsize=size(kind, groups))
     fig.suptitle(kind.title if len(groups) > 1 else f"{kind.title}: {style.plain(groups[0].label)}")
     kind.draw(fig, groups)
     fig.get_layout_engine().execute(fig)

@@ -11,7 +11,7 @@ def write(groups: list[Group], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, files in gallery.pictures(groups, ("png", "pdf")):
         for ending, content in zip(("png", "pdf"), files, strict=True):
-            (folder / f"{name}.{ending}").write_bytes(content)
+            tables.put(folder / f"{name}.{ending}", content)
         print(folder / f"{name}.png")
 
 

@@ -137,9 +137,9 @@ def write(groups: list[Group], folder: Path) -> None:
     text = "\n".join(
         f"**{title}**\n\n{markdown(table)}" + (f"\n{note}\n" if note else "") for title, table, note in found
     )
-    (folder / "table.md").write_text(text)
+    tables.put(folder / "table.md", text.encode())
     tex = "\n".join(f"% {title}\n" + (f"% {note}\n" if note else "") + latex(table) for title, table, note in found)
-    (folder / "table.tex").write_text("% needs \\usepackage{booktabs}\n\n" + tex)
+    tables.put(folder / "table.tex", f"% needs \\usepackage{{booktabs}}\n\n{tex}".encode())
     print(text)
     print(folder / "table.md", folder / "table.tex", sep="\n")
 

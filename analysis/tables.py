@@ -109,6 +109,7 @@ def script(description: str, write: Callable[[list[Group], Path], None], argumen
     )
     parser.add_argument("--epochs", nargs="+", type=int, help="the epochs shown by depth (four from first to last)")
     options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="replace")  # where the terminal has no ±
     try:
         runs = options.runs or [newest()]
         found = groups(runs, options.epochs)
@@ -119,6 +120,13 @@ def script(description: str, write: Callable[[list[Group], Path], None], argumen
         write(found, options.out or own)
     except OSError as error:
         refuse(error)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file, or leave the old one as it is."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def refuse(reason: object) -> NoReturn:
@@ -157,7 +165,7 @@ def groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
 def read_hparams(folder: Path) -> dict:
     path = folder / "hparams.json"
     try:
-        hparams = json.loads(path.read_text())
+        hparams = json.loads(path.read_text("utf-8"))
         missing = [name for name in ("model", "data", "seed") if name not in hparams]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not hold the flags of a run: {getattr(error, 'strerror', error)}") from None
@@ -258,7 +266,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            text = path.read_text()
+            text = path.read_text("utf-8")
             text = text[: text.rfind("\n") + 1]  # a run that goes on may be in the middle of a line
             table = pd.read_csv(
                 StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False

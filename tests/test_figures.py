@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
@@ -160,7 +161,7 @@ def test_information_by_steps(tmp_path):
     figure = gallery.figure("settle", groups(runs))
     found = axes(figure, 4)
     for axis, steps in zip(found, (270, 60, 270, 60), strict=True):
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
         assert axis.get_xscale() == "log"
         assert axis.get_xticks().tolist() == [steps, 2 * steps, 4 * steps, 8 * steps]
         for layer in ("input", *LAYERS):
@@ -358,13 +359,13 @@ def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
     else:
         text = "".join(row for row in text.splitlines(True) if not re.search(r",0,[01],", row))
     (run / f"{table}.csv").write_text(text)
-    gallery.figure(name, groups([run])).canvas.draw()
+    FigureCanvasAgg(gallery.figure(name, groups([run]))).draw()
 
 
 def test_names_from_outside_are_no_formulas(tmp_path):
     runs = [measured(tmp_path / name, LAYERS, widths=[name] * 40) for name in ("$a", "$b$")]
     for name in ("training", "nc1"):
-        gallery.figure(name, groups(runs)).canvas.draw()
+        FigureCanvasAgg(gallery.figure(name, groups(runs))).draw()
 
 
 def test_colours_are_told_apart_in_grey_and_on_paper():
@@ -397,7 +398,7 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, laye
     figure = gallery.figure(name, groups([run]))
     drawn, draw = [], Text.draw
     monkeypatch.setattr(Text, "draw", lambda self, renderer: (drawn.append(self), draw(self, renderer)))
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn if text.get_text() and text.get_visible()]
     assert len(boxes) > 15
     for text, box in boxes:

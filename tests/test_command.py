@@ -1,0 +1,134 @@
+"""Where a program runs: other locales, notebooks' settings, file systems that lack something, paths with spaces."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runs
+import train
+from tests.test_resume import TINY, assert_same
+from tests.test_train import ROOT
+from tests.toys import measured
+
+LAYERS = ["hidden1", "hidden2"]
+
+
+def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    there = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=there, capture_output=True, timeout=120)
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale(tmp_path):
+    """Python warns where a program leaves it to the locale."""
+    run = tmp_path / "run"
+    strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    first = python(*strict, "train.py", *TINY, "--tune", "--train-size", "2000", "--run-dir", run)
+    assert (first.returncode, first.stderr) == (0, b"")
+    for module in ("analysis.plots", "analysis.report", "analysis.table"):
+        done = python(*strict, "-m", module, run)
+        assert (done.returncode, done.stderr) == (0, b""), module
+    done = python(*strict, "settle.py", run)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path):
+    folders = [measured(tmp_path / f"é{seed}", LAYERS, seed) for seed in range(2)]
+    done = python("-m", "analysis.table", *folders, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "±" in (tmp_path / "table.md").read_text("utf-8")
+    done = python("train.py", *TINY, "--no-dib", "--no-nc1", "--run-dir", tmp_path / "é", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_figures_depend_on_nothing_but_their_style(tmp_path):
+    """Not on the backend of a notebook, nor on a matplotlibrc of the user or of the folder."""
+    run, elsewhere = measured(tmp_path / "run", LAYERS), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "matplotlibrc").write_text("figure.dpi: 30\nsavefig.dpi: 30\nlines.linewidth: 9\nfont.size: 30\n")
+    plain = python("-m", "analysis.plots", run, "--out", tmp_path / "plain")
+    other = python(
+        "-m", "analysis.plots", run, "--out", tmp_path / "other", cwd=elsewhere, MPLBACKEND="module://of.a.notebook"
+    )
+    assert (plain.returncode, other.returncode, other.stderr) == (0, 0, b"")
+    drawn = sorted((tmp_path / "plain" / "figures").glob("*.png"))
+    assert drawn
+    for path in drawn:
+        assert path.read_bytes() == (tmp_path / "other" / "figures" / path.name).read_bytes(), path.name
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+    run = measured(tmp_path / "run", LAYERS)
+    (run / "report.html").write_text("of before")
+    limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (4096,) * 2); "
+    start = "import sys; sys.argv = ['report', sys.argv[1]]; runpy.run_module('analysis.report', run_name='__main__')"
+    done = python("-c", limit + start, run)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert (run / "report.html").read_text() == "of before"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_or_flushes_is_said_and_used(tmp_path, monkeypatch, capsys, number):
+    fsync, flock = os.fsync, fcntl.flock
+
+    def no_folders(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    train.main([*TINY, "--run-dir", str(tmp_path / "whole")])
+    capsys.readouterr()
+    monkeypatch.setattr(os, "fsync", no_folders)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    train.main([*TINY, "--run-dir", str(tmp_path / "run")])
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert capsys.readouterr().err.splitlines() == [
+        f"the file system of {tmp_path / 'run'} knows no locks: a second process that writes there is not kept out",
+        f"the file system of {tmp_path / 'run'} flushes no folders: if the power fails, an epoch may be lost",
+    ]
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        runs.locked(tmp_path / "run"),
+        pytest.raises(ValueError, match="another process is writing to"),
+        runs.locked(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_the_command_that_is_printed_works_where_the_path_has_spaces(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--no-dib", "--run-dir", "a run's folder"])
+    command = capsys.readouterr().out.splitlines()[-1].split("; ")[1].removesuffix(" draws it")
+    makefile = "plots:\n\t@printf '%s\\n' $(RUN)\n"
+    (tmp_path / "Makefile").write_text(makefile)
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stdout == "a run's folder\n"
+
+
+def test_a_rank_of_something_else_hides_nothing():
+    done = python("train.py", "--epochs", "0", RANK="3")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    done = python("train.py", "--epochs", "0", RANK="3", WORLD_SIZE="4")
+    assert (done.returncode, done.stderr) == (2, b"")
+
+
+def test_a_python_that_cannot_make_an_environment_is_named(tmp_path):
+    """As Debian's without python3-venv."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")
+    done = subprocess.run(["make", "venv", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        "This Python cannot make a .venv: install its venv package (on Debian and Ubuntu python3-venv)" in done.stdout
+    )
+    assert not (tmp_path / ".venv").exists()
