@@ -222,7 +222,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert time.monotonic() - start < 60
     assert process.returncode != 0
     assert f"finished epochs are kept in {tmp_path / 'run'}" in error
-    assert runs.load(tmp_path / "run")["epoch"] > 0
+    assert runs.load(tmp_path / "run")["epoch"] > runs.BEGUN
 
 
 def test_refuses_batches_too_small_to_share(tmp_path, capsys, monkeypatch):

@@ -91,8 +91,8 @@ def test_goes_on_from_a_crash_at_any_write(tmp_path, monkeypatch, whole, call):
         assert_same(whole, tmp_path / "run")
         resumed += go_on
         shutil.rmtree(tmp_path / "run")
-    assert crashes == {"fsync": 20, "replace": 7}[call]
-    assert resumed == {"fsync": 11, "replace": 2}[call]
+    assert crashes == {"fsync": 25, "replace": 8}[call]
+    assert resumed == {"fsync": 16, "replace": 3}[call]
 
 
 def test_drops_rows_of_an_unfinished_epoch_and_torn_ones(whole, half):
