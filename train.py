@@ -9,10 +9,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial, wraps
 from math import ceil, isfinite
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    seconds: dict[str, float] = field(default_factory=dict)  # that the parts took when they were called last
 
     @property
     def parts(self) -> dict:
@@ -58,29 +59,39 @@ class Run:
         return {name: getattr(self, name) for name in ("model", "optimizer", "schedule", "scaler")}
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(part: str) -> Callable:
+    """A function of a run, the seconds of which the run notes under that name."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def measured(run: Run, *rest):
+            start = clock(run.device)
+            result = function(run, *rest)
+            run.seconds[part] = clock(run.device) - start
+            return result
+
+        return measured
+
+    return decorate
+
+
 def train(run: Run, done: int) -> None:
     """The epochs after the one that is done. Epoch 0 is the model before training, and is only measured."""
     last, forward = run.args.epochs, in_training(run)
     for epoch in bar(range(done + 1, last + 1), desc="epochs", initial=done + 1, total=last + 1):
-        seconds: dict[str, float] = {}
-        with timed(seconds, "train", run.device):
-            if epoch > 0:
-                train_epoch(run, forward, epoch)
-        run.model.eval()
-        scores = {}
-        for name, split in run.sets.items():
-            with timed(seconds, f"evaluate {name}", run.device):
-                scores[name] = evaluate(run.model, split, run.args.batch_size)
-        if not isfinite(scores["train"][0]):
-            raise FloatingPointError(
-                f"the training loss is not finite after the last step of epoch {epoch}, "
-                f"at learning rate {run.args.learning_rate:g}"
-            )
-        with timed(seconds, "NC1", run.device):
-            collapse = measure_nc1(run, epoch)
-        with timed(seconds, "DIB", run.device):
-            found = measure_dib(run, epoch, splits_in(run.args, epoch))
-        save(run, epoch, scores, collapse, found, seconds)
+        if epoch > 0:
+            train_epoch(run, forward, epoch)
+        scores = evaluate(run, epoch)
+        collapse = measure_nc1(run, epoch)
+        found = measure_dib(run, epoch, splits_in(run.args, epoch))
+        save(run, epoch, scores, collapse, found)
 
 
 def in_training(run: Run) -> nn.Module:
@@ -90,6 +101,7 @@ def in_training(run: Run) -> nn.Module:
     return torch.compile(forward, dynamic=False) if run.args.compile else forward
 
 
+@timed("train")
 def train_epoch(run: Run, forward: nn.Module, epoch: int) -> None:
     """One pass over the training set; FloatingPointError for a step whose loss is not finite."""
     args, split, device = run.args, run.sets["train"], run.device
@@ -116,12 +128,25 @@ def train_epoch(run: Run, forward: nn.Module, epoch: int) -> None:
         run.scaler.update()
         run.schedule.step()
     ranks.from_first(*run.model.buffers())  # each process has running statistics of its own samples
-    clock(device)
+    clock(device)  # until all of finite is there
     refuse_infinite(finite, epoch, args.learning_rate)
 
 
+@timed("evaluation")
+def evaluate(run: Run, epoch: int) -> dict[str, tuple[float, float]]:
+    """{set: (loss, accuracy)}, and the model in eval mode; FloatingPointError where the training loss is not finite."""
+    run.model.eval()
+    scores = {name: score(run.model, split, run.args.batch_size) for name, split in run.sets.items()}
+    if not isfinite(scores["train"][0]):
+        raise FloatingPointError(
+            f"the training loss is not finite after the last step of epoch {epoch}, "
+            f"at learning rate {run.args.learning_rate:g}"
+        )
+    return scores
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, split: data.Split, batch_size: int) -> tuple[float, float]:
+def score(model: nn.Module, split: data.Split, batch_size: int) -> tuple[float, float]:
     """Mean cross-entropy in nats and share of samples classified right, of a model in eval mode."""
     loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
@@ -134,6 +159,7 @@ def evaluate(model: nn.Module, split: data.Split, batch_size: int) -> tuple[floa
     return loss.item() / len(split), right.item() / len(split)
 
 
+@timed("NC1")
 def measure_nc1(run: Run, epoch: int) -> dict[str, dict[str, tuple]]:
     """{set: {layer: its NC1}}, if this is an epoch in which it is measured."""
     args, found = run.args, {}
@@ -150,6 +176,7 @@ def splits_in(args: argparse.Namespace, epoch: int) -> list[str]:
     return [name for name in args.splits if name != "input" or epoch == flags.first_measured(args.measure_dib)]
 
 
+@timed("DIB")
 def measure_dib(run: Run, epoch: int, splits: list[str], factor: int = 1) -> list[tuple[str, str, dib.Head]]:
     """(set, split, head) of all heads of these splits, trained for so many times the steps that the flags give."""
     args, rows = run.args, []
@@ -174,19 +201,12 @@ def dib_steps(args: argparse.Namespace, name: str) -> int:
     return heads.steps(args.dib_epochs, args.dib_samples["train"])
 
 
-def save(
-    run: Run,
-    epoch: int,
-    scores: dict,
-    collapse: dict,
-    found: list[tuple[str, str, dib.Head]],
-    seconds: dict[str, float],
-) -> None:
+def save(run: Run, epoch: int, scores: dict, collapse: dict, found: list[tuple[str, str, dib.Head]]) -> None:
     """The epoch into the CSVs, the checkpoint and a line on the screen. It counts once its checkpoint stands: rows
     beyond it are dropped when the run goes on."""
     if ranks.rank() > 0:
         return
-    took = {"train": seconds["train"], "test": seconds["evaluate test"]}
+    took = {"train": run.seconds.get("train", 0.0), "test": run.seconds["evaluation"]}
     rows = {
         "nc1.csv": [(epoch, name, layer, *value) for name in collapse for layer, value in collapse[name].items()],
         "dib.csv": [(epoch, name, split, *head) for name, split, head in found],
@@ -195,7 +215,7 @@ def save(
     runs.append(Path(run.args.run_dir), rows)
     runs.save(Path(run.args.run_dir), epoch, flags.hparams_of(run.args), run.device, run.parts)
     beaten = {name: dib.beaten(head for of, _, head in found if of == name) for name in run.args.sets if found}
-    tqdm.write(summary(f"{epoch}/{run.args.epochs}", scores, collapse, beaten, seconds))
+    tqdm.write(summary(f"{epoch}/{run.args.epochs}", scores, collapse, beaten, run.seconds))
     sys.stdout.flush()
 
 
@@ -209,7 +229,7 @@ def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dic
         parts.append(f"NC1 {name} {layer} {value:.4g}")
     if beaten:
         parts.append("heads beaten " + ", ".join(f"{name} {share:.1%}" for name, share in beaten.items()))
-    parts.append(", ".join(f"{part} {seconds[part]:.1f} s" for part in ("train", "NC1", "DIB")))
+    parts.append(", ".join(f"{part} {seconds.get(part, 0):.1f} s" for part in ("train", "NC1", "DIB")))
     return f"epoch {epoch}  " + "  ".join(parts)
 
 
@@ -246,21 +266,6 @@ def bytes_to_keep(device: torch.device) -> int:
 def bar(things: Iterable, **options) -> Iterable:
     """A progress bar, of the first process, where somebody looks."""
     return tqdm(things, leave=False, disable=True if ranks.rank() else None, **options)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], part: str, device: torch.device) -> Iterator[None]:
-    """Note how long a part takes."""
-    start = clock(device)
-    yield
-    seconds[part] = clock(device) - start
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, torch.amp.GradScaler]:

@@ -146,7 +146,7 @@ def test_a_run_of_two_processes_has_the_rows_of_one(tmp_path, pictures, flags):
 
 def watched(folder: str) -> None:
     """Three epochs of a network that draws and normalises; what this process trained on, and measured with."""
-    trained, buffers, batch, evaluate = [], [], data.Split.batch, train.evaluate
+    trained, buffers, batch, score = [], [], data.Split.batch, train.score
 
     def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
         model = nn.Sequential()
@@ -162,13 +162,13 @@ def watched(folder: str) -> None:
             trained.append(indices.tolist())
         return batch(split, indices)
 
-    def watch_evaluate(model: nn.Module, *rest) -> tuple:
+    def watch_score(model: nn.Module, *rest) -> tuple:
         buffers.append([buffer.double().sum().item() for buffer in model.buffers()])
-        return evaluate(model, *rest)
+        return score(model, *rest)
 
     models.ARCHITECTURES["MNISTNet"] = build
     data.SOURCES["CIFAR10"] = random_images(3, 32, 32)
-    data.Split.batch, train.evaluate = watch_batch, watch_evaluate
+    data.Split.batch, train.score = watch_batch, watch_score
     flags = ["-m", "MNISTNet", "-d", "CIFAR10", "-b", "14", "--no-dib", "--no-nc1", "--epochs", "3", "--device", "cpu"]
     rank = os.environ["RANK"]
     train.main([*flags, "--run-dir", f"{folder}/run"])

@@ -446,7 +446,7 @@ def test_memory_that_runs_out_twice_ends_the_run_with_a_line(tmp_path, monkeypat
 
 
 def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "evaluate", lambda *_: (float("inf"), 0.5))
+    monkeypatch.setattr(train, "score", lambda *_: (float("inf"), 0.5))
     with pytest.raises(SystemExit) as end:
         train.main([*TINY, "--run-dir", str(tmp_path / "run")])
     assert end.value.code == 1
