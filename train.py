@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import devices
 import dib
 import heads
 import lr_range
@@ -249,24 +250,23 @@ def refuse_infinite(finite: torch.Tensor, epoch: int, learning_rate: float) -> N
         )
 
 
+def is_short_of_memory(error: RuntimeError) -> bool:
+    """torch's allocators raise errors of their own; the driver, cuBLAS, cuDNN and the CPU say it in words."""
+    words = ("out of memory", "alloc_failed", "allocation_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+
+
 def within_memory(what: str, measure: Callable, batch_size: int, keep_bytes: int) -> dict:
     """The measure; where memory runs out, once more with half the batch and nothing kept, and a line that says so."""
     try:
         return measure(batch_size=batch_size, keep_bytes=keep_bytes)
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short or ranks.world() > 1:  # other processes wait for this one within the pass
+    except RuntimeError as error:
+        if not is_short_of_memory(error) or ranks.world() > 1:  # other processes wait for this one within the pass
             raise
     torch.cuda.empty_cache()  # after the clause above, as the error holds on to what the pass had
     half = max(1, batch_size // 2)
     tqdm.write(f"{what}: out of memory; once more in batches of {half}, not {batch_size}, with nothing kept")
     return measure(batch_size=half, keep_bytes=0)
-
-
-def bytes_to_keep(device: torch.device) -> int:
-    """Of activations, in each of the measures."""
-    free = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else nc1.KEEP_BYTES
-    return min(nc1.KEEP_BYTES, free)
 
 
 def clock(device: torch.device) -> float:
@@ -276,13 +276,13 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@devices.exact_float32()
 def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Sequential], Callable, dict, list[tuple]]:
     """Data, constructors of the model and of optimizers, the parts that a checkpoint holds, the rows of lr_range.csv.
 
     Nothing is written. args gets every default filled in. Raises ValueError for what is asked for and cannot be had.
     """
     device = choose_device(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic)
@@ -336,6 +336,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     return dataset, build, make_optimizer, parts, steps
 
 
+@devices.exact_float32()
 def run(
     args: argparse.Namespace, dataset: data.Dataset, build: Callable, make_optimizer: Callable, parts: dict, done: int
 ) -> None:
@@ -346,9 +347,15 @@ def run(
     taps = models.taps(model)
     autocast, _ = mixed_precision(device, args.precision)
     # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
-    network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
-    network = torch.compile(network, dynamic=False) if args.compile else network
-    keep_bytes = bytes_to_keep(device)
+    network = model
+    if args.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
+        network = torch.compile(network, dynamic=False)
+    if ranks.world() > 1:
+        # Around what is compiled: of a compiled DistributedDataParallel the compiler is handed next to nothing. The
+        # price: the graph is cut where the buckets of gradients end, of which each is averaged once it is there.
+        network = nn.parallel.DistributedDataParallel(network)
+    keep_bytes = devices.bytes_to_keep(device)
     bar = partial(tqdm, leave=False, disable=True if ranks.rank() else None)
 
     for epoch in bar(range(done + 1, args.epochs + 1), desc="epochs", initial=done, total=args.epochs):
@@ -445,15 +452,16 @@ def measure_dib(
     The split without encoder does not change, and is measured in the first epoch alone.
     """
     if args.heads == "thesis":
-        recipe, batch_size = heads.Thesis(make_optimizer, factor * args.dib_epochs), args.batch_size
+        lower = args.precision == "bfloat16"
+        recipe, batch_size = heads.Thesis(make_optimizer, factor * args.dib_epochs, lower), args.batch_size
     else:
         recipe, batch_size = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr), heads.BATCH
     names = {k: name for name, k in models.splits(model, args.splits).items() if epoch == 1 or k > 0}
     options = {"labelings": args.labelings, "seed": args.seed, "model_epoch": epoch}
     rows = []
-    for name in args.sets:
+    for name in args.sets if names else []:
         measure = partial(dib.measure_splits, model, names, sets[name], num_classes, build, recipe, **options)
-        keep_bytes = bytes_to_keep(torch.device(args.device))
+        keep_bytes = devices.bytes_to_keep(torch.device(args.device))
         found = within_memory(f"DIB of the {name} set", measure, batch_size, keep_bytes)
         rows += [(name, names[k], head) for k, of_split in found.items() for head in of_split]
     return rows
@@ -508,14 +516,17 @@ def one_line(parser: Parser, progress: Progress) -> Iterator[None]:
             parser.end(2, f"error: {error}")
         parser.end(1, f"error: {error}; {progress.kept}")
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        short = is_short_of_memory(error)
+        if not short and not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         kept = f"; {progress.kept}" if progress.running else ""
-        parser.end(1, f"error: process {ranks.rank()} has lost another one{kept}")
+        parser.end(1, f"error: {error if short else f'process {ranks.rank()} has lost another one'}{kept}")
     except Stop as stopped:
         number = stopped.args[0]
         rest = f"; {progress.kept}, {progress.go_on}" if progress.running else " before the run began"
         parser.end(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # last, as naming it imports dynamo
+        parser.end(1, f"error: torch.compile gave up, and --no-compile would not: {error}; {progress.kept}")
 
 
 def main(arguments: list[str] | None = None) -> None:
