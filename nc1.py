@@ -154,8 +154,8 @@ def squared_distances(batches: list[tuple[Tensor, Tensor]], means: Tensor, P: Te
 
 
 def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES (on
-    CUDA ON_CUDA times that), if not one row."""
+    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, ON_CUDA times that
+    there, if not one row."""
     B, d = batches[0][0].shape if batches else (1, 1)
     most = CHUNK_BYTES * ON_CUDA if batches and batches[0][0].is_cuda else CHUNK_BYTES
     rows = max(1, most // (8 * d))

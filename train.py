@@ -526,7 +526,7 @@ def one_line(parser: Parser, progress: Progress) -> Iterator[None]:
         rest = f"; {progress.kept}, {progress.go_on}" if progress.running else " before the run began"
         parser.end(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # last, as naming it imports dynamo
-        parser.end(1, f"error: torch.compile gave up, and --no-compile would not: {error}; {progress.kept}")
+        parser.end(1, f"error: torch.compile gave up, --no-compile does without it: {error}; {progress.kept}")
 
 
 def main(arguments: list[str] | None = None) -> None:

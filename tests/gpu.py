@@ -80,11 +80,8 @@ def precision(name: str) -> Iterator[None]:
 
 def tests() -> tuple[int, Row]:
     """Those of test_cuda.py, in a process of their own: its exit status and last line."""
-    command, last, start = (
-        [sys.executable, "-m", "pytest", "-v", "-m", "", "tests/test_cuda.py"],
-        "",
-        time.perf_counter(),
-    )
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "", "tests/test_cuda.py"]
+    start, last = time.perf_counter(), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -87,7 +87,10 @@ def test_heads_are_those_of_the_cpu(make, recipe):
     expected = dib.measure_splits(model, ks, split, 3, build, recipe, batch_size=40, labelings=2)
     got = dib.measure_splits(model.cuda(), ks, on_cuda(split), 3, build, recipe, 2, 0, 0, 40, keep_bytes)
     for k in ks:
-        assert [h.loss for h in got[k]] == pytest.approx([h.loss for h in expected[k]], rel=1e-6)
+        # an optimum is known to a ten-thousandth of a nat
+        optimal = recipe.optimal and heads.is_linear(model[k:])
+        tolerance = {"abs": 1e-4} if optimal else {"rel": 1e-6}
+        assert [h.loss for h in got[k]] == pytest.approx([h.loss for h in expected[k]], **tolerance)
 
 
 @pytest.mark.parametrize("make", [mlp, normalising])
