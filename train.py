@@ -349,6 +349,7 @@ def run(
     # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = model
     if args.compile:
+        torch._dynamo.reset()  # runs that this process had before do not count towards the limit
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
         network = torch.compile(network, dynamic=False)
     if ranks.world() > 1:
