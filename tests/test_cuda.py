@@ -3,6 +3,7 @@
 It imports nothing but torch, torchvision, tqdm and pytest.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -55,6 +56,16 @@ def convolutional() -> nn.Sequential:
     return nn.Sequential(conv, nn.Dropout(0.2), nn.Flatten(), nn.Linear(12, 3))
 
 
+def noisy(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """A small network for train.py that pools, normalises and draws."""
+    model = nn.Sequential()
+    layers = nn.Conv2d(input_shape[0], 4, 4, 4), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Dropout(0.5), nn.Flatten()
+    model.add_module("hidden1", nn.Sequential(*layers))
+    model.add_module("classifier", nn.Linear(64, num_classes))
+    model.tap_names = model.split_names = ("hidden1",)
+    return model
+
+
 def test_relabel():
     labels = torch.arange(500) % 7
     assert torch.equal(relabel(labels.cuda(), 7).cpu(), relabel(labels, 7))
@@ -92,6 +103,16 @@ def test_heads_are_those_of_the_cpu(make, recipe):
         optimal = recipe.optimal and heads.is_linear(model[k:])
         tolerance = {"abs": 1e-4} if optimal else {"rel": 1e-6}
         assert [h.loss for h in got[k]] == pytest.approx([h.loss for h in expected[k]], **tolerance)
+
+
+def test_the_range_test_leaves_the_random_states():
+    split = clusters(90, 25, 3)
+    split.x, model = split.x.view(90, 1, 5, 5), convolutional().cuda()
+    random = torch.get_rng_state(), torch.cuda.get_rng_state()
+    precision = train.mixed_precision(torch.device("cuda"), "float32")
+    lr_range.sweep(model, on_cuda(split), partial(torch.optim.SGD, fused=True), 30, *precision)
+    assert torch.equal(random[0], torch.get_rng_state())
+    assert torch.equal(random[1], torch.cuda.get_rng_state())
 
 
 @pytest.mark.parametrize("make", [mlp, normalising])
@@ -209,20 +230,32 @@ def test_training_steps_do_not_synchronise(tmp_path, pictures, monkeypatch):
     train.main([*flags, "--run-dir", str(tmp_path / "run")])
 
 
+def test_heads_draw_on_the_device_what_each_would_draw_alone():
+    head, x = convolutional().cuda().train(), torch.randn(90, 1, 5, 5).cuda()
+    assert heads.draws(head, x)
+    state = torch.cuda.get_rng_state()
+    alone = copy.deepcopy(head)(x).T
+    torch.cuda.set_rng_state(state)
+    for logits in heads.one_by_one([head, copy.deepcopy(head)], {0: x}):
+        torch.testing.assert_close(logits, alone)
+    assert not heads.draws(head.eval(), x)
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
-        ("MLP", "tuned"),
+        ("noisy", "tuned"),
         *(
             pytest.param(*case, marks=[] if GPU else [pytest.mark.slow])
             for case in (("CIFARNet", "tuned"), ("ResNet", "thesis"), ("ConvNeXt", "thesis"))
         ),
     ],
 )
-def test_deterministic_runs_repeat_also_when_resumed(tmp_path, pictures, model, kind):
+def test_deterministic_runs_repeat_also_when_resumed(tmp_path, pictures, monkeypatch, model, kind):
     """The models that pool, normalise and draw; every byte of the CSVs but the seconds."""
     flags = ["-m", model, "-d", "CIFAR10", "-b", "20", "--dib-epochs", "1", "--splits", "input", "--deterministic"]
-    flags += ["--heads", kind, "--no-compile"]
+    monkeypatch.setitem(models.ARCHITECTURES, "noisy", noisy)
+    flags += ["--dib-size", "20", "--heads", kind, "--no-compile"]
     for name, epochs in (("a", ["2"]), ("b", ["2"]), ("c", ["1", "2"])):
         for i, number in enumerate(epochs):
             train.main([*flags, "--epochs", number, "--run-dir", str(tmp_path / name), *["--resume"] * (i > 0)])
