@@ -44,8 +44,8 @@ test: $(VENV) ## the tests
 test-slow: $(VENV) ## the tests that take minutes: 1,000 cases of each property, a run killed 20 times
 	CASES=1000 .venv/bin/python -m pytest -m "slow or hypothesis" $(ARGS)
 
-check-gpu: ## the tests that need CUDA, every architecture among them, with the torch of PYTHON=python3 and no .venv
-	$(PYTHON) -m pytest -rs tests/test_cuda.py $(ARGS)
+check-gpu: ## the tests on a GPU, and a table of how fast it is: gpu.csv; with the torch of PYTHON=python3, no .venv
+	$(PYTHON) -m tests.gpu $(ARGS)
 
 bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth layout ranks dib heads" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)

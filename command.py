@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import devices
 import ranks
 
 
@@ -76,11 +77,14 @@ def one_line(parser: Parser, progress: Progress) -> Iterator[None]:
             parser.end(2, f"error: {error}")
         parser.end(1, f"error: {error}; {progress.kept}")
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        short = devices.is_out_of_memory(error)
+        if not short and not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         kept = f"; {progress.kept}" if progress.running else ""
-        parser.end(1, f"error: process {ranks.rank()} has lost another one{kept}")
+        parser.end(1, f"error: {error if short else f'process {ranks.rank()} has lost another one'}{kept}")
     except Stop as stopped:
         number = stopped.args[0]
         rest = f"; {progress.kept}, {progress.go_on}" if progress.running else " before the run began"
         parser.end(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # last, as naming it imports dynamo
+        parser.end(1, f"error: torch.compile gave up, --no-compile does without it: {error}; {progress.kept}")

@@ -25,6 +25,7 @@ measure gives losses and bounds; whoever draws them (analysis/tables.py) takes t
 import copy
 import hashlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from math import inf, isfinite, log, nan
 from typing import NamedTuple
 
@@ -32,12 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import devices
 import heads
 import ranks
 from relabel import relabel
 
 BEATEN = 1e-3 * log(2)  # nats, a thousandth of a bit: a loss so much above its bound shows in figures
-KEEP_BYTES = 4 * 2**30  # encodings kept; larger ones are computed again at every step
+KEEP_BYTES = devices.KEEP_BYTES  # encodings kept; larger ones are computed again at every step
 
 
 class Head(NamedTuple):
@@ -53,6 +55,7 @@ def measure(model: nn.Sequential, k: int, samples, *rest, **options) -> list[Hea
     return measure_splits(model, [k], samples, *rest, **options)[k]
 
 
+@devices.exact_float32()
 def measure_splits(
     model: nn.Sequential,
     ks: Iterable[int],
@@ -72,9 +75,10 @@ def measure_splits(
     as at construction, from torch's global generators. recipe: how heads are trained, by default Tuned with the steps
     of 30 epochs. labelings counts the enumerations of each class: the first in data order, the others in random orders
     that depend on seed alone. Heads draw their weights by seed, model_epoch, k and their labeling, their batches, the
-    same for all, by seed and model_epoch. batch_size is that of training and of every pass. keep_bytes bounds the
-    encodings that are kept; beyond it they are computed again at every step. Processes that torchrun started share the
-    heads, and must all call.
+    same for all, by seed and model_epoch. On CUDA fresh() is called with that device as torch's default, so weights are
+    drawn there, others than on a CPU, and heads may take their steps in bfloat16 (heads.BFLOAT16_ON). batch_size is
+    that of training and of every pass. keep_bytes bounds the encodings that are kept; beyond it they are computed again
+    at every step. Processes that torchrun started share the heads, and must all call.
     The model, its modes and gradients and all global random states are left as they were.
     Raises ValueError for labelings below 1, a k that leaves no decoder to train, outputs that are not finite, frozen
     parameters that differ from those of fresh(), and what relabel refuses.
@@ -98,13 +102,15 @@ def measure_splits(
 
     def new_head(k: int, *which: object) -> nn.Sequential:
         seeded(*which, k)
-        return fresh()[k:].to(device)
+        with device if cuda else nullcontext():  # made on a CPU and copied, heads cost minutes a run
+            return fresh()[k:].to(device)
 
     own = own_loss(model, samples, batch_size)
     if not isfinite(own):
         raise ValueError("DIB: the outputs of the model are not finite on these samples")
     recipe = recipe or heads.Tuned(heads.steps(30, len(samples)))
-    with torch.random.fork_rng(devices=cuda):
+    current = torch.cuda.device(device) if cuda else nullcontext()  # where CUDA's generator is seeded
+    with current, torch.random.fork_rng(devices=cuda):
         reference = new_head(0, "reference")
         refuse_decoders(model, reference, splits)
         losses = heads.find(

@@ -7,6 +7,7 @@ connected ones stacked, a product a layer, others one by one.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -26,6 +27,9 @@ BATCH = 400  # samples in a step of tuned heads
 OPTIMUM_BYTES = 4 * 2**30  # of the features of a linear decoder
 RATE = 0.2  # of tuned heads, relative to the sizes of their parameters
 LEAST_BATCHES = 20  # of an epoch of tuned heads, however small the set
+# The devices where training steps of float32 heads are in bfloat16, if the recipe wants it and the device has it.
+# Statistics and losses are float32 in any case.
+BFLOAT16_ON = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
 
 ELEMENTWISE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
 NORMS = (nn.LayerNorm, LayerNorm2d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -100,7 +104,8 @@ def find(
                 learns[k] += [j for _ in starts]
             if recipe.standardised:
                 encoders = {k: standardised(reference[k:], encoders[k], batches) for k in group}
-            found = recipe.train(Bundle(heads, encoders, targets, learns), sizes, batch_size, seeded("batches"))
+            bundle = Bundle(heads, encoders, targets, learns, recipe.bfloat16)
+            found = recipe.train(bundle, sizes, batch_size, seeded("batches"))
         for (k, j), loss in zip(members, found, strict=True):
             losses[splits.index(k), j] = loss
     ranks.add_up(losses)
@@ -136,12 +141,15 @@ class Bundle:
         encoders: dict[int, Encoder],
         targets: Tensor,
         learns: dict[int, list[int]],
+        bfloat16: bool = False,
     ):
         self.heads, self.encoders = heads, encoders
         self.targets = targets.T.contiguous()  # (N, J): a batch is rows, a tenth of the time of columns
         self.learns = torch.tensor([j for k in heads for j in learns[k]], device=targets.device)  # (H,)
         self.plain = is_plain(self.modules()[0])
         self.stacks = stack_parameters(self.modules()) if self.plain else {}
+        self.autocast = autocast(bfloat16, next(self.modules()[0].parameters()))
+        self.draws: bool | None = None  # whether the heads draw random numbers: known from the first step on
 
     def modules(self) -> list[nn.Sequential]:
         return [head for of_split in self.heads.values() for head in of_split]
@@ -158,12 +166,18 @@ class Bundle:
         """The mean cross-entropy of each head on these samples, (H,)."""
         encodings = {k: encode(indices) for k, encode in self.encoders.items()}
         labels = self.targets[indices].T[self.learns]  # (H, B)
-        run = partial(stacked, self.heads, self.stacks) if self.plain else partial(one_by_one, self.modules())
-        return F.cross_entropy(run(encodings), labels, reduction="none").mean(1)  # of (H, C, B)
+        if self.plain:
+            logits = stacked(self.heads, self.stacks, encodings)
+        else:
+            logits = one_by_one(self.modules(), encodings, self.draws)
+        return F.cross_entropy(logits, labels, reduction="none").mean(1)  # of (H, C, B)
 
     def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
         """One step of every head; the losses before it, (H,)."""
-        losses = self.losses(indices)
+        if self.draws is None:
+            self.draws = not self.plain and draws(self.modules()[0], *(e(indices) for e in self.encoders.values()))
+        with self.autocast():
+            losses = self.losses(indices)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
@@ -193,9 +207,10 @@ class Bundle:
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
-            norm.momentum = None  # a mean over all batches
         with torch.no_grad():
-            for indices in batches if norms else ():
+            for i, indices in enumerate(batches if norms else (), 1):
+                for norm in norms:
+                    norm.momentum = 1 / i  # a mean over all batches; with None a layer asks the device for their number
                 self.losses(indices)
 
     @torch.no_grad()
@@ -213,7 +228,8 @@ class Bundle:
 def shuffled(N: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
     """Batches of indices without end, pass after pass; even, as BatchNorm cannot train on a leftover of one sample."""
     while True:
-        yield from torch.randperm(N, generator=generator).to(device).tensor_split(ceil(N / batch_size))
+        order = torch.randperm(N, generator=generator).to(device, non_blocking=True)
+        yield from order.tensor_split(ceil(N / batch_size))
 
 
 def bar(steps: int) -> Iterable[int]:
@@ -224,11 +240,14 @@ def bar(steps: int) -> Iterable[int]:
 class Thesis:
     """The algorithm as first written: heads trained as the network is, from one start, with running statistics.
 
-    optimizer makes an optimizer, which must act elementwise (SGD, Adam, AdamW), of a list of parameters.
+    optimizer makes an optimizer, which must act elementwise (SGD, Adam, AdamW), of a list of parameters. bfloat16:
+    whether steps are in bfloat16 on CUDA, as the network's are by default. They never are in float16, whose losses have
+    to be scaled: one scale for all, and steps left out, would make heads depend on each other.
     """
 
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
     epochs: int = 30
+    bfloat16: bool = False
 
     standardised: ClassVar = False
     optimal: ClassVar = False
@@ -272,6 +291,7 @@ class Tuned:
 
     standardised: ClassVar = True
     optimal: ClassVar = True  # where the decoder is linear
+    bfloat16: ClassVar = True  # on CUDA
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -419,16 +439,36 @@ def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], en
     return z
 
 
-def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor]) -> Tensor:
+def autocast(bfloat16: bool, parameter: Tensor) -> Callable:
+    """The context of a training step of heads with such parameters: bfloat16 where that is wanted and to be had."""
+    device = parameter.device.type
+    lower = bfloat16 and parameter.dtype == torch.float32 and device in BFLOAT16_ON and BFLOAT16_ON[device]()
+    return partial(torch.autocast, device, torch.bfloat16) if lower else nullcontext
+
+
+def draws(head: nn.Sequential, x: Tensor) -> bool:
+    """Whether the head, in the mode it is in, draws random numbers for inputs x (B, ...); nothing is changed."""
+    source = torch.cuda if x.is_cuda else torch
+    state = source.get_rng_state()
+    with torch.no_grad():
+        copy.deepcopy(head)(x.clone())
+    drew = not torch.equal(state, source.get_rng_state())
+    source.set_rng_state(state)
+    return drew
+
+
+def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor], draws: bool | None = True) -> Tensor:
     """Logits (J, C, B) of any heads of one split on its encodings {k: (B, ...)}: the plain reference, a loop.
 
-    Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw.
+    Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw. draws: whether there
+    are such layers; for heads that draw nothing random states need not be set.
     """
     (x,) = encodings.values()
     source = torch.cuda if x.is_cuda else torch
-    state, logits = source.get_rng_state(), []
+    state, logits = source.get_rng_state() if draws else None, []
     for head in heads:
-        source.set_rng_state(state)
+        if draws:
+            source.set_rng_state(state)
         logits.append(head(x.clone()).T)  # a copy: the first layer may work in place
     return torch.stack(logits)
 

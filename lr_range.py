@@ -59,12 +59,13 @@ def sweep(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
+            value = loss.item()  # the one wait for the device in a step
+            mean = SMOOTHING * mean + (1 - SMOOTHING) * value
             smoothed = mean / (1 - SMOOTHING ** (i + 1))  # the mean began at 0
             if not isfinite(smoothed) or smoothed > DIVERGED * lowest:
                 break
             lowest = min(lowest, smoothed)
-            steps.append(Step(rate, loss.item(), smoothed))
+            steps.append(Step(rate, value, smoothed))
     return steps
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import devices
 import ranks
 
 # Singular values of M below this share of the largest are taken for rounding: activations are float32, of relative
@@ -28,10 +29,12 @@ RANK_TOLERANCE = 1e-6
 # So are those below this share of the means' own length: class means that coincide, but for rounding, have rank 0.
 MEAN_TOLERANCE = torch.finfo(torch.float32).eps
 
-KEEP_BYTES = 4 * 2**30  # activations kept from the first pass
+KEEP_BYTES = devices.KEEP_BYTES  # activations kept from the first pass
 CHUNK_BYTES = 8 * 2**20  # activations turned into float64 at a time: larger chunks were slower, and stay in memory
+ON_CUDA = 8  # times as many there, where 8 MiB pass in less than the launch of a kernel takes (by estimate)
 
 
+@devices.exact_float32()
 def measure(
     model: nn.Module,
     taps: dict[str, nn.Module],
@@ -151,9 +154,11 @@ def squared_distances(batches: list[tuple[Tensor, Tensor]], means: Tensor, P: Te
 
 
 def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, if not one row."""
+    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, ON_CUDA times that
+    there, if not one row."""
     B, d = batches[0][0].shape if batches else (1, 1)
-    rows = max(1, CHUNK_BYTES // (8 * d))
+    most = CHUNK_BYTES * ON_CUDA if batches and batches[0][0].is_cuda else CHUNK_BYTES
+    rows = max(1, most // (8 * d))
     together = max(1, rows // B)  # batches
     for i in range(0, len(batches), together):
         h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]

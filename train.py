@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import devices
 import dib
 import flags
 import heads
@@ -82,6 +83,7 @@ def timed(part: str) -> Callable:
     return decorate
 
 
+@devices.exact_float32()
 def train(run: Run, done: int) -> None:
     """The epochs after the one that is done. Epoch 0 is the model before training, and is only measured."""
     last, forward = run.args.epochs, in_training(run)
@@ -95,10 +97,18 @@ def train(run: Run, done: int) -> None:
 
 
 def in_training(run: Run) -> nn.Module:
-    """The model as training calls it: the same weights, shared by several processes, compiled. Measures hook into the
+    """The model as training calls it: the same weights, compiled, shared by several processes. Measures hook into the
     model itself."""
-    forward = nn.parallel.DistributedDataParallel(run.model) if ranks.world() > 1 else run.model
-    return torch.compile(forward, dynamic=False) if run.args.compile else forward
+    forward = run.model
+    if run.args.compile:
+        torch._dynamo.reset()  # runs that this process had before do not count towards the limit
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
+        forward = torch.compile(forward, dynamic=False)
+    if ranks.world() > 1:
+        # Around what is compiled: of a compiled DistributedDataParallel the compiler is handed next to nothing. The
+        # price: the graph is cut where the buckets of gradients end, of which each is averaged once it is there.
+        forward = nn.parallel.DistributedDataParallel(forward)
+    return forward
 
 
 @timed("train")
@@ -165,7 +175,9 @@ def measure_nc1(run: Run, epoch: int) -> dict[str, dict[str, tuple]]:
     args, found = run.args, {}
     for name in args.sets if args.nc1 and flags.is_measured(args.measure, epoch, args.epochs) else []:
         measure = partial(nc1.measure, run.model, models.taps(run.model), run.sets[name], run.num_classes)
-        found[name] = within_memory(f"NC1 of the {name} set", measure, args.batch_size, bytes_to_keep(run.device))
+        found[name] = within_memory(
+            f"NC1 of the {name} set", measure, args.batch_size, devices.bytes_to_keep(run.device)
+        )
     return found
 
 
@@ -181,7 +193,8 @@ def measure_dib(run: Run, epoch: int, splits: list[str], factor: int = 1) -> lis
     """(set, split, head) of all heads of these splits, trained for so many times the steps that the flags give."""
     args, rows = run.args, []
     if args.heads == "thesis":
-        recipe, batch_size = heads.Thesis(flags.optimizer_of(args), factor * args.dib_epochs), args.batch_size
+        recipe = heads.Thesis(flags.optimizer_of(args), factor * args.dib_epochs, args.precision == "bfloat16")
+        batch_size = args.batch_size
     else:
         recipe, batch_size = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr), heads.BATCH
     names = {k: name for name, k in models.splits(run.model, splits).items()}
@@ -189,7 +202,8 @@ def measure_dib(run: Run, epoch: int, splits: list[str], factor: int = 1) -> lis
     for name in args.sets if names else []:
         samples = run.dib_sets[name]
         measure = partial(dib.measure_splits, run.model, names, samples, run.num_classes, run.build, recipe, **options)
-        found = within_memory(f"DIB of the {name} set", measure, batch_size, bytes_to_keep(run.device))
+        keep_bytes = devices.bytes_to_keep(run.device)
+        found = within_memory(f"DIB of the {name} set", measure, batch_size, keep_bytes)
         rows += [(name, names[k], head) for k, of_split in found.items() for head in of_split]
     return rows
 
@@ -247,20 +261,13 @@ def within_memory(what: str, measure: Callable, batch_size: int, keep_bytes: int
     """The measure; where memory runs out, once more with half the batch and nothing kept, and a line that says so."""
     try:
         return measure(batch_size=batch_size, keep_bytes=keep_bytes)
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short or ranks.world() > 1:  # other processes wait for this one within the pass
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error) or ranks.world() > 1:  # which wait for this one within the pass
             raise
     torch.cuda.empty_cache()  # after the clause above, as the error holds on to what the pass had
     half = max(1, batch_size // 2)
     tqdm.write(f"{what}: out of memory; once more in batches of {half}, not {batch_size}, with nothing kept")
     return measure(batch_size=half, keep_bytes=0)
-
-
-def bytes_to_keep(device: torch.device) -> int:
-    """Of activations, in each of the measures."""
-    free = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else nc1.KEEP_BYTES
-    return min(nc1.KEEP_BYTES, free)
 
 
 def bar(things: Iterable, **options) -> Iterable:
@@ -275,13 +282,13 @@ def mixed_precision(device: torch.device, precision: str) -> tuple[Callable, tor
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 alone can underflow
 
 
+@devices.exact_float32()
 def prepare(args: argparse.Namespace) -> tuple[Run, list[tuple]]:
     """What the flags ask for, and the rows of lr_range.csv; args gets every default filled in. Nothing is written.
 
     Raises ValueError for what is asked for and cannot be had.
     """
     device = flags.choose_device(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to be float32
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic)

@@ -54,7 +54,9 @@ def _group(fan_in: int, width: int) -> nn.Sequential:
 def _conv(fan_in: int, width: int) -> nn.Conv2d:
     """3 x 3, without bias; the first fan_in filters start as the identity."""
     conv = nn.Conv2d(fan_in, width, 3, padding="same", bias=False)
-    nn.init.dirac_(conv.weight.data[:fan_in])
+    filters = conv.weight.data[:fan_in]
+    filters.zero_()  # nn.init.dirac_ writes one number at a time: on CUDA a launch for each
+    filters[:, :, 1, 1] = torch.eye(*filters.shape[:2])
     return conv
 
 

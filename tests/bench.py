@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import data
+import devices
 import dib
 import flags
 import heads
@@ -623,6 +624,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@devices.exact_float32()
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()

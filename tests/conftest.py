@@ -7,7 +7,6 @@ from tests.toys import random_images
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the tests are small, and threads that wait for one another spin
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture

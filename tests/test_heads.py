@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import heads
 import models
 from heads import Bundle, Thesis, Tuned
 from tests.test_dib import convolutional, drawing, plain, toy
-from tests.toys import clusters
+from tests.toys import Toy, clusters
 from tests.yardsticks import (
     dense_newton,
     newton_optimum,
@@ -101,6 +102,65 @@ def test_stacked_agrees_with_one_by_one():
 )
 def test_only_plain_decoders_are_stacked(layers, expected):
     assert heads.is_plain(nn.Sequential(*layers)) is expected
+
+
+def test_whether_heads_draw_is_measured():
+    """In the mode they are in, whatever layer it is that draws, and without a trace."""
+    noisy = nn.Sequential(nn.Linear(6, 3))
+    noisy.register_forward_hook(lambda head, _, logits: logits + torch.rand(3) if head.training else None)
+    quiet = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    x, cases = torch.randn(4, 6), [(drawing().float(), True), (noisy, True), (quiet, False)]
+    state = torch.get_rng_state()
+    for head, expected in cases:
+        before = copy.deepcopy(head.state_dict())
+        assert heads.draws(head.train(), x) is expected
+        assert heads.draws(head.eval(), x) is False
+        assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_random_states_are_set_only_for_heads_that_draw(monkeypatch):
+    """Once a step and head, and once to see whether they draw."""
+    calls, setter = Counter(), torch.set_rng_state
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: calls.update(["set"]) or setter(state))
+    split = toy(shape=(1, 5, 5))
+    for build, J, expected in ((convolutional, 2, 1), (drawing, 3, 1 + 3 * 9)):
+        calls.clear()
+        x = split.x if build is convolutional else split.x.flatten(1)[:, :6]
+        encoders, targets = {0: x.__getitem__}, split.labels.expand(J, -1)
+        bundle = Bundle({0: [build() for _ in range(J)]}, encoders, targets, {0: list(range(J))})
+        Thesis(partial(torch.optim.SGD, lr=0.1), 2).train(bundle, {}, 30, torch.Generator())  # 6 steps, 3 batches
+        assert calls["set"] == expected
+
+
+@pytest.mark.parametrize(("build", "shape"), [(plain, (6,)), (convolutional, (1, 5, 5))])
+@pytest.mark.parametrize("recipe", [Thesis(partial(torch.optim.SGD, lr=0.1), 5, bfloat16=True), Tuned(20)])
+def test_steps_in_bfloat16_end_with_a_pass_in_float32(build, shape, recipe, monkeypatch):
+    """As on CUDA, where the device has it; float64 heads stay float64, and a CPU does without."""
+    split, seen, cross_entropy = toy(shape=shape), {True: set(), False: set()}, heads.F.cross_entropy
+
+    def watch(logits: torch.Tensor, *rest, **options) -> torch.Tensor:
+        seen[logits.requires_grad].add(logits.dtype)
+        return cross_entropy(logits, *rest, **options)
+
+    def losses(dtype: torch.dtype) -> list[float]:
+        for dtypes in seen.values():
+            dtypes.clear()
+        samples, model = Toy(split.x.to(dtype), split.labels), build().to(dtype)
+        return [h.loss for h in dib.measure(model, 0, samples, 3, lambda: build().to(dtype), recipe)]
+
+    monkeypatch.setattr(heads, "F", SimpleNamespace(cross_entropy=watch))
+    torch.manual_seed(0)
+    expected = losses(torch.float32)
+    assert seen == {True: {torch.float32}, False: {torch.float32}}
+    monkeypatch.setitem(heads.BFLOAT16_ON, "cpu", lambda: True)
+    assert losses(torch.float32) == pytest.approx(expected, abs=0.05)
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+    losses(torch.float64)
+    assert seen == {True: {torch.float64}, False: {torch.float64}}
+    monkeypatch.setitem(heads.BFLOAT16_ON, "cpu", lambda: False)
+    losses(torch.float32)
+    assert seen == {True: {torch.float32}, False: {torch.float32}}
 
 
 def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():

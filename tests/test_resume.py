@@ -385,7 +385,15 @@ def test_an_activation_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    ],
 )
 def test_a_measure_that_runs_out_of_memory_is_taken_once_more(capsys, error):
     calls = []
@@ -431,9 +439,10 @@ def test_a_run_that_is_short_of_memory_goes_on(tmp_path, monkeypatch, whole, mod
         pd.testing.assert_frame_equal(*tables, rtol=1e-5)  # the same in smaller batches, but for float32's rounding
 
 
-def test_memory_that_runs_out_twice_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_memory_that_runs_out_twice_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys, kind):
     def short(*_, **__) -> dict:
-        raise torch.OutOfMemoryError("out of memory.\nTried to allocate much")
+        raise kind("out of memory.\nTried to allocate much")
 
     monkeypatch.setattr(nc1, "measure", short)
     with pytest.raises(SystemExit) as end:

@@ -132,6 +132,11 @@ def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, siz
     assert (hparams["heads"], hparams["dib_lr"]) == (kind, 0.3 if kind == "tuned" else None)
 
 
+def test_a_run_may_measure_the_split_without_encoder_alone(tmp_path):
+    """Which does not change: from the second epoch on there is nothing to measure."""
+    assert set(run(tmp_path / "run", "--splits", "input")["dib.csv"]["epoch"]) == {1}
+
+
 def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monkeypatch, capsys):
     one = {"train": 0.5 + 1.1 * dib.BEATEN, "test": 0.5 + 0.9 * dib.BEATEN}
     found = [(name, "hidden1", dib.Head(0, 0, 1.0, loss, 0.5)) for name in one for loss in (0.5, 0.5, one[name])]
