@@ -268,7 +268,7 @@ def test_deterministic_runs_repeat_also_when_resumed(tmp_path, pictures, monkeyp
 def test_a_loss_that_is_not_finite_is_seen_without_waiting_for_it(tmp_path, pictures, capsys):
     flags = ["-m", "MLP", "-d", "CIFAR10", "-b", "4", "-lr", "1e18", "-opt", "SGD", "--precision", "float32"]
     with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--no-compile", "--run-dir", str(tmp_path / "run")])
+        train.main([*flags, "--no-dib", "--no-compile", "--run-dir", str(tmp_path / "run")])
     assert end.value.code == 1
     assert "the training loss is not finite in epoch 1, step" in capsys.readouterr().err
 
