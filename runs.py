@@ -18,7 +18,7 @@ import torch
 
 COLUMNS = {
     "epochs.csv": "epoch,set,loss,accuracy,seconds",
-    "nc1.csv": "epoch,set,layer,dim,rank,nc1",
+    "nc1.csv": "epoch,set,layer,dim,rank,nc1,kept,dropped",
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,bound",
 }
 
@@ -116,6 +116,8 @@ def load(folder: Path) -> dict:
         content = (folder / name).read_bytes() if (folder / name).exists() else b""
         if len(content) < size or crc32(content[:size]) != checksum:
             raise ValueError(f"{folder / name} is not as epoch {epoch} left it: it was edited or cut short")
+        if not content.startswith(header(name)):
+            raise ValueError(f"{folder / name} has other columns than {COLUMNS[name]}: a run of another version")
     return state
 
 

@@ -308,6 +308,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Dataset, Callable[[], nn.Seq
     refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
     args.sets = [name for name in ("train", "test") if name in args.sets]
     measured = dib_sets(args, dataset)
+    args.num_classes = dataset.num_classes
     args.dib_samples = {"train": args.dib_size or len(dataset.train), "test": args.dib_size or len(dataset.test)}
     if args.heads == "thesis":
         if args.dib_lr:
@@ -343,12 +344,10 @@ def run(
     folder, device, C = Path(args.run_dir), torch.device(args.device), dataset.num_classes
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     sets, dib_samples = {"train": dataset.train, "test": dataset.test}, dib_sets(args, dataset)
-    taps = models.taps(model)
     autocast, _ = mixed_precision(device, args.precision)
     # the network shares the model's parameters; only training runs it, measuring hooks into the model itself
     network = nn.parallel.DistributedDataParallel(model) if ranks.world() > 1 else model
     network = torch.compile(network, dynamic=False) if args.compile else network
-    keep_bytes = bytes_to_keep(device)
     bar = partial(tqdm, leave=False, disable=True if ranks.rank() else None)
 
     for epoch in bar(range(done + 1, args.epochs + 1), desc="epochs", initial=done, total=args.epochs):
@@ -392,11 +391,8 @@ def run(
         rows["epochs.csv"] = [(epoch, name, *scores[name], round(seconds[name], 4)) for name in sets]
 
         start = clock(device)
-        collapse = {}
-        for name in args.sets if args.nc1 else []:
-            measure = partial(nc1.measure, model, taps, sets[name], C)
-            collapse[name] = within_memory(f"NC1 of the {name} set", measure, args.batch_size, keep_bytes)
-            rows["nc1.csv"] += [(epoch, name, layer, *value) for layer, value in collapse[name].items()]
+        collapse = measure_nc1(args, sets, C, model, epoch) if args.nc1 else {}
+        rows["nc1.csv"] = [(epoch, name, layer, *its) for name in collapse for layer, its in collapse[name].items()]
         seconds["NC1"] = clock(device) - start
 
         start = clock(device)
@@ -411,6 +407,24 @@ def run(
             runs.save(folder, epoch, hparams_of(args), device, parts)
             tqdm.write(summary(f"{epoch}/{args.epochs}", scores, collapse, beaten, seconds))
             sys.stdout.flush()
+
+
+def measure_nc1(
+    args: argparse.Namespace, sets: dict[str, data.Split], num_classes: int, model: nn.Sequential, epoch: int
+) -> dict[str, dict[str, nc1.Collapse]]:
+    """{set: {layer: NC1}}, layers in order of depth.
+
+    The input does not change, and is measured in the first epoch alone.
+    """
+    inputs = nn.Identity()
+    networks = [(inputs, {"input": inputs})] * (epoch == 1) + [(model, models.taps(model))]
+    found = {name: {} for name in args.sets}
+    for name in args.sets:
+        for network, taps in networks:
+            measure = partial(nc1.measure, network, taps, sets[name], num_classes)
+            keep_bytes = bytes_to_keep(torch.device(args.device))
+            found[name] |= within_memory(f"NC1 of the {name} set", measure, args.batch_size, keep_bytes)
+    return found
 
 
 def dib_sets(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, data.Split]:
@@ -465,8 +479,8 @@ def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dic
     (train_loss, train_accuracy), (test_loss, test_accuracy) = scores["train"], scores["test"]
     parts = [f"loss {train_loss:.4f} ({test_loss:.4f})  accuracy {train_accuracy:.2%} ({test_accuracy:.2%})"]
     for name, values in collapse.items():
-        layer, (_, _, value) = list(values.items())[-1]
-        parts.append(f"NC1 {name} {layer} {value:.4g}")
+        layer, deepest = list(values.items())[-1]
+        parts.append(f"NC1 {name} {layer} {deepest.nc1:.4g} (rank {deepest.rank})")
     if beaten:
         parts.append("heads beaten " + ", ".join(f"{name} {share:.1%}" for name, share in beaten.items()))
     parts.append(", ".join(f"{part} {seconds[part]:.1f} s" for part in ("train", "NC1", "DIB")))
