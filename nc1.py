@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import ranks
 
-# Singular values of M below this share of the largest are taken for rounding, in units of the eps of the activations.
-# Rounding was seen at 5e-9 to 6e-6 of the largest in float32, of which this makes 1e-6: no rule is right everywhere.
+# Singular values of M below so many eps of the activations, times the largest, are taken for rounding: 1e-6 in float32,
+# where rounding was seen at 5e-9 to 6e-6. No rule is right everywhere, so that the value comes with kept and dropped.
 RANK_TOLERANCE = 8
 
 # A plain network, of these layers and no others, with up to so many parameters is measured in float64: in float32
