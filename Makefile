@@ -47,7 +47,7 @@ test-slow: $(VENV) ## the tests that take minutes: 1,000 cases of each property,
 check-gpu: ## the tests on a GPU, and a table of how fast it is: gpu.csv; with the torch of PYTHON=python3, no .venv
 	$(PYTHON) -m tests.gpu $(ARGS)
 
-bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory step growth layout ranks dib heads" (all)
+bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory rank step growth layout ranks dib heads" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
 
 lock: test ## requirements.lock: the exact versions of all packages that the tests have just passed with

@@ -284,6 +284,7 @@ def fill_in(args: argparse.Namespace, device: torch.device, dataset: data.Datase
         when = getattr(args, name)
         if isinstance(when, list) and when[-1] > args.epochs:
             raise ValueError(f"--{name.replace('_', '-')} names epoch {when[-1]}, and the last is {args.epochs}")
+    args.num_classes = dataset.num_classes
     args.dib_samples = {"train": args.dib_size or len(dataset.train), "test": args.dib_size or len(dataset.test)}
     if args.heads == "tuned":
         args.dib_lr = args.dib_lr or heads.RATE

@@ -5,33 +5,85 @@ the mean over all samples and M = [mu_1 - mu, ..., mu_C - mu] (d x C),
 
     Sigma_B = M M^T / C        Sigma_W = (1/N) sum_i (h_i - mu_c(i)) (h_i - mu_c(i))^T.
 
-d reaches 10^5, so neither is ever formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1,
+d reaches 10^5, so neither is ever formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1, and
+P = S^-1 U^T (r x d),
 
-    tr(Sigma_W pinv(Sigma_B)) = (C/N) sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2,
+    tr(Sigma_W pinv(Sigma_B)) = (C/N) sum_i || P (h_i - mu_c(i)) ||^2.
 
-which takes one pass over the samples for the class means and one for the sum. The trace is not divided by C; Papyan,
-Han & Donoho (PNAS 2020) divide.
+The trace is not divided by C; Papyan, Han & Donoho (PNAS 2020) divide. `collapse` is this on one matrix of activations;
+`measure` takes it from all taps of a model in batches: one pass over the samples for the class means, one for the sum.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 import devices
 import ranks
 
-# Singular values of M below this share of the largest are taken for rounding: activations are float32, of relative
-# precision 6e-8, so that a direction which the means do not have appears at about 1e-7 of the largest.
-RANK_TOLERANCE = 1e-6
-# So are those below this share of the means' own length: class means that coincide, but for rounding, have rank 0.
-MEAN_TOLERANCE = torch.finfo(torch.float32).eps
+# Singular values of M below so many eps of the activations, times the largest, are taken for rounding: 1e-6 in float32,
+# where rounding was seen at 5e-9 to 6e-6. No rule is right everywhere, so that the value comes with kept and dropped.
+RANK_TOLERANCE = 8
+
+# A plain network, of these layers and no others, with up to so many parameters is measured in float64: in float32
+# rounding hides directions of the means of deep saturated layers or adds some, and NC1 changes by orders of magnitude.
+# It takes 1.5 to 2.2 times as long, at this size 0.1 s instead of 0.05 s for 7,000 samples on a core.
+SMALL = 200_000  # parameters
+ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
+PLAIN = (nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.Linear, *ELEMENTWISE)
 
 KEEP_BYTES = devices.KEEP_BYTES  # activations kept from the first pass
 CHUNK_BYTES = 8 * 2**20  # activations turned into float64 at a time: larger chunks were slower, and stay in memory
 ON_CUDA = 8  # times as many there, where 8 MiB pass in less than the launch of a kernel takes (by estimate)
+
+
+class Collapse(NamedTuple):
+    """NC1 of a layer, and how sure its rank is.
+
+    kept and dropped: the smallest singular value of M that counts and the largest that does not, as shares of the
+    largest. At full rank, min(d, C - 1), dropped is 0; at rank 0 nc1 and kept are NaN, and dropped is 1, NaN if M is 0.
+    """
+
+    dim: int
+    rank: int
+    nc1: float
+    kept: float
+    dropped: float
+
+
+def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
+    """NC1 of activations h (N, d), floating-point, of classes y (N,) in 0 .. C - 1, each with a sample."""
+    (N, d), C = h.shape, num_classes
+    counts = torch.bincount(y, minlength=C).double()  # n_c
+    means = torch.zeros(C, d, dtype=torch.float64).index_add_(0, y, h.double()) / counts[:, None]  # mu_c
+    P, kept, dropped = projection(means, counts, torch.finfo(h.dtype).eps)  # (r, d)
+    total = (P @ (h.double() - means[y]).T).square().sum()  # (r, N)
+    return Collapse(d, len(P), C / N * total.item() if len(P) else float("nan"), kept, dropped)
+
+
+def projection(means: Tensor, counts: Tensor, eps: float, origin: Tensor | None = None) -> tuple[Tensor, float, float]:
+    """P = S^-1 U^T (r, d) of M = U S V^T, and kept and dropped of Collapse; r is the rank of M.
+
+    means: the class means (C, d) less origin, which M does not depend on; counts: n_c (C,); both float64. eps: that of
+    the activations. A direction counts towards the rank if its singular value exceeds RANK_TOLERANCE eps times the
+    largest, and sqrt(C) eps times the length of the longest class mean: the most that M has where each number in the
+    class means is off by eps.
+    """
+    C, d = means.shape
+    mu = counts @ means / counts.sum()  # (d,)
+    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK's singular values give the same rank on every device
+    _, S, Ut = torch.linalg.svd(Mt, full_matrices=False)  # M^T = V S U^T: (min(d, C),), (min(d, C), d)
+    longest = (means if origin is None else means + origin).norm(dim=1).max().item()
+    floor = max(RANK_TOLERANCE * eps * S[0].item(), C**0.5 * eps * longest)
+    most = min(d, C - 1)  # the counts times the columns of M add up to 0
+    r, shares = int((S[:most] > floor).sum()), (S / S[0]).tolist()
+    P = (Ut[:r] / S[:r, None]).to(means.device)
+    return P, shares[r - 1] if r else float("nan"), shares[r] if r < most else 0.0
 
 
 @devices.exact_float32()
@@ -42,120 +94,103 @@ def measure(
     num_classes: int,
     batch_size: int = 400,
     keep_bytes: int = KEEP_BYTES,
-) -> dict[str, tuple[int, int, float]]:
-    """NC1 of every tap on one split: {tap: (d, rank of M, tr(Sigma_W pinv(Sigma_B)))}.
+) -> dict[str, Collapse]:
+    """NC1 of every tap on one split: what `collapse` gives for its outputs, whatever the batch size.
 
-    taps: modules of the model, each called once a forward pass. split: len(), .labels (N,) int64, .batch(indices) ->
-    (inputs, labels). The model is measured in eval mode with the weights it has, and left in the mode it was in. The
-    value has no unit; it is NaN where the rank is 0: class means that coincide have no NC1. Sums are float64 and agree
-    with the dense formula whatever the batch size. Activations of the deepest taps are kept for the second pass as far
-    as keep_bytes allows; for the others the model runs again, no deeper than needed. Processes that torchrun started
-    share the batches, and must all call.
-    Raises ValueError for a class with no samples, labels outside 0 .. C - 1, a tap not called exactly once or
-    overwritten in place, and activations that are not finite.
+    taps: modules of the model, each called once a forward pass with an output (B, ...). split: len(), .labels (N,) of
+    integers, .batch(indices) -> (inputs, labels), the same at every call. The model is measured in eval mode with the
+    weights it has, and left in the mode it was in; a network of PLAIN layers alone and up to SMALL float32 parameters
+    runs in float64. The value has no unit. Activations of the deepest taps are kept for the second pass as far as
+    keep_bytes allows; for the others the model runs again, no deeper than needed. Processes that torchrun started share
+    the batches, and must all call.
+    Raises ValueError for labels that are not such a tensor or not those of the batches, lie outside 0 .. C - 1 or leave
+    a class without samples, and naming the layer for a tap not called exactly once, and for outputs that are not
+    floating-point tensors, have no row for each sample, or are not finite.
     """
-    counts = _class_counts(split.labels, num_classes)
+    labels = _labels(split, num_classes)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        sums, kept = _first_pass(model, taps, split, num_classes, batch_size, keep_bytes)
-        means, projections = {tap: sums[tap].div_(counts[:, None]) for tap in sums}, {}  # (C, d)
-        for tap in reversed(means):  # the first layer that is not finite spoils the deeper ones
-            if not means[tap].isfinite().all():
-                raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
-            projections[tap] = whitening(means[tap], counts)  # (r, d)
-        totals = _second_pass(model, taps, split, batch_size, kept, means, projections)
+        return _measure(_in_float64(model), taps, split, labels, num_classes, batch_size, keep_bytes)
     finally:
         for module, training in modes:
             module.training = training
 
-    result = {}
-    for tap in taps:
-        r, d = projections[tap].shape
-        result[tap] = (d, r, num_classes / len(split) * totals[tap].item() if r else float("nan"))
-    return result
 
+def _measure(run, taps, split, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
+    layers = _first_sample(run, taps, split, labels, C)
+    by_depth = list(layers)
+    for tap in reversed(by_depth):
+        keep_bytes -= len(labels) * layers[tap].row_bytes
+        if keep_bytes < 0:
+            break  # the passes have to go through what lies before anyway
+        layers[tap].keeps = True
 
-def _first_pass(model, taps, split, num_classes, batch_size, keep_bytes) -> tuple[dict, dict]:
-    """{tap: class sums (C, d) float64}, deepest tap first, and {tap: [(h, y), ...]}, the batches of those kept."""
-    sums, kept, versions = {}, {}, []
-    for tap, h in reversed(_probe(model, taps, split).items()):
-        sums[tap] = torch.zeros(num_classes, h.shape[1], dtype=torch.float64, device=h.device)
-        keep_bytes -= len(split) * h.nbytes
-        if keep_bytes >= 0:
-            kept[tap] = []
+    batches = _batches(split, labels, batch_size, "NC1 class means")
+    _visit(run, taps, by_depth, batches, lambda tap, h, y: layers[tap].add(h, y))
+    for layer in layers.values():
+        layer.add_sums(layer.kept)
+    ranks.add_up(*(layer.sums for layer in layers.values()))
+    counts = torch.bincount(labels, minlength=C).double()
+    for tap in by_depth:  # the first layer that is not finite spoils the deeper ones
+        if not layers[tap].sums.isfinite().all():
+            raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
+        layers[tap].project(counts)
 
-    def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        if tap in kept:
-            kept[tap].append((h, y))
-            versions.append((tap, h, h._version))
-        else:
-            add_class_sums(sums[tap], [(h, y)])
-
-    _visit(model, taps, split, _batches(split, batch_size, "NC1 class means"), visit, deepest=next(iter(sums), None))
-    for tap, h, version in versions:
-        if h._version != version:
-            raise ValueError(f"NC1: layer {tap!r} has its output overwritten by a layer that works in place")
-    for tap, batches in kept.items():
-        add_class_sums(sums[tap], batches)
-    ranks.add_up(*sums.values())
-    return sums, kept
-
-
-def _second_pass(model, taps, split, batch_size, kept, means, projections) -> dict[str, Tensor]:
-    """{tap: sum_i || S^-1 U^T (h_i - mu_c(i)) ||^2}, of the activations kept and, for the other taps, of new ones."""
-    totals = {tap: squared_distances(kept.get(tap, []), means[tap], projections[tap]) for tap in means}
-
-    def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        totals[tap] += squared_distances([(h, y)], means[tap], projections[tap])
-
-    again = {tap: taps[tap] for tap in means if tap not in kept}
+    for layer in layers.values():
+        layer.add_distances(layer.kept)
+    again = [tap for tap in by_depth if not layers[tap].keeps]
     if again:
-        _visit(model, again, split, _batches(split, batch_size, "NC1 distances"), visit, deepest=next(iter(again)))
-    ranks.add_up(*totals.values())
-    return totals
+        batches = _batches(split, labels, batch_size, "NC1 distances")
+        _visit(run, taps, again, batches, lambda tap, h, y: layers[tap].add_distances([(h, y)]))
+    ranks.add_up(*(layer.total for layer in layers.values()))
+    return {tap: layers[tap].result(len(labels), C) for tap in taps}
 
 
-def _batches(split, batch_size: int, title: str) -> Iterable[Tensor]:
-    """The indices in data order, this process's share of batches; a bar where the pass is long and somebody looks."""
-    indices = ranks.share(torch.arange(len(split), device=split.labels.device).split(batch_size))
-    return tqdm(indices, title, leave=False, disable=None, delay=1)
+class _Layer:
+    """`collapse` batch by batch: all are added once for the class means and, after project, again for the sum."""
+
+    def __init__(self, h: Tensor, C: int):
+        """h: the output for one sample, (1, d)."""
+        self.eps, self.row_bytes = torch.finfo(h.dtype).eps, h.nbytes
+        # sums of float64 numbers far from 0 lose digits that those have, so that they start from one of them
+        self.origin = h if h.dtype == torch.float64 else None
+        ranks.from_first(*([h] if h.dtype == torch.float64 else []))
+        self.sums = h.new_zeros(C, h.shape[1], dtype=torch.float64)
+        self.total = h.new_zeros((), dtype=torch.float64)
+        self.keeps, self.kept = False, []
+
+    def add(self, h: Tensor, y: Tensor) -> None:
+        if self.keeps:
+            self.kept.append((h.clone(), y))  # a layer that comes later may work in place
+        else:
+            self.add_sums([(h, y)])
+
+    def add_sums(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        for h, y in _float64(batches, self.origin):
+            self.sums.index_add_(0, y, h)
+
+    def project(self, counts: Tensor) -> None:
+        counts = counts.to(self.sums.device)
+        self.means = self.sums.div_(counts[:, None])  # mu_c less origin, (C, d)
+        self.P, *self.evidence = projection(self.means, counts, self.eps, self.origin)  # (r, d)
+
+    def add_distances(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        """As || P h_i - P mu_c(i) ||^2: what float64 loses in that difference is below the rounding of h."""
+        centers = self.P @ self.means.T  # (r, C)
+        for h, y in _float64(batches, self.origin):
+            self.total += (self.P @ h.T - centers[:, y]).square().sum()  # (r, b)
+
+    def result(self, N: int, C: int) -> Collapse:
+        r, d = self.P.shape
+        return Collapse(d, r, C / N * self.total.item() if r else float("nan"), *self.evidence)
 
 
-def add_class_sums(sums: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Add the activations h (B, d) of classes y (B,) of all batches to the sums of their classes, (C, d) float64."""
-    for h, y in _float64(batches):
-        sums.index_add_(0, y, h)
+def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same samples in float64, less origin (1, d) if there is one.
 
-
-def whitening(means: Tensor, counts: Tensor) -> Tensor:
-    """S^-1 U^T (r, d) of M = U S V^T, from the class means (C, d) and sizes (C,), both float64; r is the rank of M.
-
-    A direction counts towards the rank if its singular value exceeds RANK_TOLERANCE times the largest one and
-    MEAN_TOLERANCE times the length of the longest class mean.
+    Batches are joined or cut so that a copy has at most CHUNK_BYTES, ON_CUDA times that there, if not one row.
     """
-    mu = counts @ means / counts.sum()  # (d,)
-    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK's singular values give the same rank on every device
-    _, S, Ut = torch.linalg.svd(Mt, full_matrices=False)  # M^T = V S U^T: (min(d, C),), (min(d, C), d)
-    floor = max(RANK_TOLERANCE * S[0].item(), MEAN_TOLERANCE * means.norm(dim=1).max().item())
-    r = int((S > floor).sum())
-    return (Ut[:r] / S[:r, None]).to(means.device)
-
-
-def squared_distances(batches: list[tuple[Tensor, Tensor]], means: Tensor, P: Tensor) -> Tensor:
-    """sum_i || P (h_i - mu_c(i)) ||^2 over all batches h (B, d), y (B,), for P = S^-1 U^T (r, d): float64, 0-D.
-
-    As || P h_i - P mu_c(i) ||: what float64 loses in that difference is below float32's rounding of h itself.
-    """
-    centers, total = P @ means.T, means.new_zeros(())  # (r, C)
-    for h, y in _float64(batches):
-        total += (P @ h.T - centers[:, y]).square().sum()  # (r, b)
-    return total
-
-
-def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same samples in float64, batches joined or cut so that a copy has at most CHUNK_BYTES, ON_CUDA times that
-    there, if not one row."""
     B, d = batches[0][0].shape if batches else (1, 1)
     most = CHUNK_BYTES * ON_CUDA if batches and batches[0][0].is_cuda else CHUNK_BYTES
     rows = max(1, most // (8 * d))
@@ -163,58 +198,107 @@ def _float64(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Ten
     for i in range(0, len(batches), together):
         h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]
         for some_h, some_y in zip(h.split(rows), y.split(rows), strict=True):
-            yield some_h.double(), some_y
+            yield some_h.double() if origin is None else some_h - origin, some_y
 
 
-def _class_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """n_c (C,) float64."""
+def _labels(split, num_classes: int) -> Tensor:
+    """(N,) int64, every class present."""
+    labels, N = getattr(split, "labels", None), len(split)
+    if not isinstance(labels, Tensor) or labels.shape != (N,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"NC1: split.labels has to be a tensor of {N} integers, got {_what(labels)}")
+    if num_classes < 2:
+        raise ValueError(f"NC1: num_classes has to be at least 2, got {num_classes}")
+    labels = labels.long()
     if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(
             f"NC1: labels must lie in 0..{num_classes - 1}, got {labels.min().item()}..{labels.max().item()}"
         )
-    counts = torch.bincount(labels, minlength=num_classes)
-    empty = (counts == 0).nonzero().flatten().tolist()
+    empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"NC1: every class needs samples, got none of class {', '.join(map(str, empty))}")
-    return counts.double()
+    return labels
 
 
-class _Enough(Exception):
-    """Raised in the deepest tap that is asked for, to end the forward pass there."""
+def _in_float64(model: nn.Module) -> Callable:
+    """The model, or a function that runs it with its parameters in float64 where it is small and plain."""
+    for m in model.modules():
+        if type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
+            return model
+    params = dict(model.named_parameters())
+    small = 0 < sum(p.numel() for p in params.values()) <= SMALL
+    if not small or any(p.dtype != torch.float32 for p in params.values()):
+        return model
+    params = {name: p.detach().double() for name, p in params.items()}
+    return lambda x: functional_call(model, params, (x.double(),))
+
+
+def _batches(split, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, classes y (B,)) in data order, this process's share; a bar where it takes long and somebody looks."""
+    shares = ranks.share(torch.arange(len(labels), device=labels.device).split(batch_size))
+    differ = torch.zeros((), dtype=torch.bool, device=labels.device)
+    for indices in tqdm(shares, title, leave=False, disable=None, delay=1):
+        x, y = split.batch(indices)
+        differ |= (torch.as_tensor(y, device=labels.device) != labels[indices]).any()
+        yield x, labels[indices]
+    if differ:  # looked at once, as CUDA would wait for it
+        raise ValueError("NC1: split.batch(indices) gives other labels than split.labels[indices]")
+
+
+class _Enough(BaseException):
+    """Raised in the deepest tap that is asked for, to end the forward pass there; no `except Exception` stops it."""
 
 
 @torch.no_grad()
-def _visit(model: nn.Module, taps: dict[str, nn.Module], split, batches, visit: Callable, deepest: str | None) -> None:
-    """Call visit(tap, h, y) with the output h (B, d) of every tap, for every batch of indices, classes y (B,)."""
+def _visit(run: Callable, taps: dict, names: list[str], batches: Iterable, visit: Callable, stop: bool = True) -> None:
+    """Call visit(tap, h, y) with the output h (B, d) of every tap named, for every batch of inputs and classes y (B,).
 
-    def hook(tap: str, output: Tensor) -> None:
-        # the features in the order in which convolutions have them in memory, channels last: NC1 does not depend on it
-        visit(tap, output.movedim(1, -1).flatten(1), y)
-        if tap == deepest:
+    stop: the names are in order of depth, and the last one ends the forward pass.
+    """
+    calls: list[str] = []
+
+    def hook(tap: str, output: object) -> None:
+        calls.append(tap)
+        visit(tap, _features(tap, output, len(y)), y.to(output.device))
+        if stop and tap == names[-1]:
             raise _Enough
 
-    handles = [m.register_forward_hook(lambda _, __, output, tap=tap: hook(tap, output)) for tap, m in taps.items()]
+    handles = [taps[tap].register_forward_hook(lambda _, __, output, tap=tap: hook(tap, output)) for tap in names]
     try:
-        for indices in batches:
-            x, y = split.batch(indices)
+        for x, y in batches:  # noqa: B007 - the hooks use y
+            calls.clear()
             with suppress(_Enough):
-                model(x)
+                run(x)
+            for tap in names:
+                if (count := calls.count(tap)) != 1:
+                    raise ValueError(f"NC1: layer {tap!r} is called {count} times in a forward pass, expected once")
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _probe(model: nn.Module, taps: dict[str, nn.Module], split) -> dict[str, Tensor]:
-    """Every tap's output for one sample, (1, d), in the order in which the model calls them."""
-    seen: dict[str, Tensor] = {}
+def _features(tap: str, output: object, B: int) -> Tensor:
+    """An output (B, ...) as (B, d), the features in the order in which convolutions have them in memory, channels
+    last: NC1 does not depend on it."""
+    good = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.numel()
+    if not good or len(output) != B:
+        raise ValueError(
+            f"NC1: layer {tap!r} gives {_what(output)}, expected a floating-point tensor of shape ({B}, ...)"
+        )
+    return output.detach().movedim(1, -1).flatten(1)
+
+
+def _what(given: object) -> str:
+    tensor = isinstance(given, Tensor)
+    return f"{given.dtype} of shape {tuple(given.shape)}" if tensor else f"a {type(given).__name__}"
+
+
+def _first_sample(run: Callable, taps: dict[str, nn.Module], split, labels: Tensor, C: int) -> dict[str, _Layer]:
+    """A _Layer for every tap, in order of depth: that in which the model calls them."""
+    layers: dict[str, _Layer] = {}
 
     def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        if tap in seen:
-            raise ValueError(f"NC1: layer {tap!r} is called more than once in a forward pass")
-        seen[tap] = h
+        layers[tap] = _Layer(h.clone(), C)
 
-    _visit(model, taps, split, torch.arange(1, device=split.labels.device).split(1), visit, deepest=None)
-    missing = [tap for tap in taps if tap not in seen]
-    if missing:
-        raise ValueError(f"NC1: layer {missing[0]!r} is not called in a forward pass")
-    return seen
+    x, _ = split.batch(torch.arange(1, device=labels.device))
+    _visit(run, taps, list(taps), [(x, labels[:1])], visit, stop=False)
+    return layers

@@ -21,7 +21,7 @@ from zlib import crc32
 import torch
 
 COLUMNS = {
-    "nc1.csv": "epoch,set,layer,dim,rank,nc1",
+    "nc1.csv": "epoch,set,layer,dim,rank,nc1,kept,dropped",
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,bound",
     "epochs.csv": "epoch,set,loss,accuracy,seconds",
 }
@@ -128,6 +128,8 @@ def load(folder: Path) -> dict:
         if len(content) < size or crc32(content[:size]) != checksum:
             when = f"epoch {epoch}" if epoch > BEGUN else "its start"
             raise ValueError(f"{folder / name} is not as {when} left it: it was edited or cut short")
+        if not content.startswith(header(name)):
+            raise ValueError(f"{folder / name} has other columns than {COLUMNS[name]}: a run of another version")
     return state
 
 

@@ -170,14 +170,23 @@ def score(model: nn.Module, split: data.Split, batch_size: int) -> tuple[float, 
 
 
 @timed("NC1")
-def measure_nc1(run: Run, epoch: int) -> dict[str, dict[str, tuple]]:
-    """{set: {layer: its NC1}}, if this is an epoch in which it is measured."""
-    args, found = run.args, {}
-    for name in args.sets if args.nc1 and flags.is_measured(args.measure, epoch, args.epochs) else []:
-        measure = partial(nc1.measure, run.model, models.taps(run.model), run.sets[name], run.num_classes)
-        found[name] = within_memory(
-            f"NC1 of the {name} set", measure, args.batch_size, devices.bytes_to_keep(run.device)
-        )
+def measure_nc1(run: Run, epoch: int) -> dict[str, dict[str, nc1.Collapse]]:
+    """{set: {layer: NC1}}, layers in order of depth, if this is an epoch in which it is measured.
+
+    The input does not change, and is measured in the first of them alone.
+    """
+    args, inputs, found = run.args, nn.Identity(), {}
+    if not args.nc1 or not flags.is_measured(args.measure, epoch, args.epochs):
+        return found
+    networks = [(run.model, models.taps(run.model))]
+    if epoch == flags.first_measured(args.measure):
+        networks.insert(0, (inputs, {"input": inputs}))
+    for name in args.sets:
+        found[name] = {}
+        for network, taps in networks:
+            measure = partial(nc1.measure, network, taps, run.sets[name], run.num_classes)
+            keep_bytes = devices.bytes_to_keep(run.device)
+            found[name] |= within_memory(f"NC1 of the {name} set", measure, args.batch_size, keep_bytes)
     return found
 
 
@@ -239,8 +248,8 @@ def summary(epoch: str, scores: dict, collapse: dict, beaten: dict, seconds: dic
     (train_loss, train_accuracy), (test_loss, test_accuracy) = scores["train"], scores["test"]
     parts = [f"loss {train_loss:.4f} ({test_loss:.4f})  accuracy {train_accuracy:.2%} ({test_accuracy:.2%})"]
     for name, values in collapse.items():
-        layer, (_, _, value) = list(values.items())[-1]
-        parts.append(f"NC1 {name} {layer} {value:.4g}")
+        layer, deepest = list(values.items())[-1]
+        parts.append(f"NC1 {name} {layer} {deepest.nc1:.4g} (rank {deepest.rank})")
     if beaten:
         parts.append("heads beaten " + ", ".join(f"{name} {share:.1%}" for name, share in beaten.items()))
     parts.append(", ".join(f"{part} {seconds.get(part, 0):.1f} s" for part in ("train", "NC1", "DIB")))

@@ -14,6 +14,7 @@ from analysis import style
 from analysis.tables import BEATEN, INPUT, MEAN_SD, Group, over_seeds, spaced
 
 NC1 = r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit"
+SHORT = "rank below\nmin(d, C − 1)"
 MEASURES = ("minimality", "sufficiency")
 MINIMALITY = "minimality (bits)"
 
@@ -50,10 +51,24 @@ def same_scale(fig: Figure, groups: list[Group], *along: str) -> None:
 
 def curve(axis: Axes, line: pd.DataFrame, label: str | None, dash: str, look: dict, width: float | None = None) -> None:
     """The mean over seeds by the index (epoch or steps), in a band of one standard deviation."""
-    every = style.thin(len(line))
+    short = line.get("short", pd.Series(False, line.index))
+    every = [int(i) for i in range(0, len(line), style.thin(len(line))) if not short.iloc[i]]
     axis.plot(line.index, line["mean"], label=label, markevery=every, linestyle=dash, linewidth=width, **look)
+    crosses(axis, line["mean"][short], look)
     if (line["high"] > line["low"]).any():
         axis.fill_between(line.index, line["low"], line["high"], color=look["color"], alpha=0.2, linewidth=0)
+
+
+def crosses(axis: Axes, short: pd.Series, look: dict) -> None:
+    """NC1 of layers of short rank by the index: where they are many, some of them."""
+    short = short[:: style.thin(len(short))]
+    axis.plot(short.index, short, linestyle="", zorder=3, color=look["color"], **style.CROSS)
+
+
+def say_short(axis: Axes, nc1: pd.DataFrame, more: str = "") -> None:
+    """What the crosses are, in the legend, where there are any."""
+    if (nc1["short"] & nc1["nc1"].notna()).any():
+        axis.plot([], [], linestyle="", color="0.3", label=SHORT + more, **style.CROSS)
 
 
 def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int, across: str = "epoch") -> None:
@@ -67,6 +82,8 @@ def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int
             if layer == INPUT and across == "epoch":
                 axis.axhline(line["mean"].iloc[0], color="black", linestyle="--", linewidth=1.2, label=label)
                 axis.axhspan(line["low"].iloc[0], line["high"].iloc[0], color="black", alpha=0.1, linewidth=0)
+                if "short" in line:
+                    crosses(axis, line.set_index("epoch")["mean"][line["short"].to_numpy()], looks[INPUT])
             else:
                 curve(axis, line.set_index(across), label, "-", looks[layer], width)
         if across == "epoch":
@@ -112,8 +129,11 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharey=True)[0]
         table = group.tables["nc1"]
-        means = over_seeds(table, ["layer", "set", "epoch"], "nc1", log=True)
+        keys = ["layer", "set", "epoch"]
+        means = over_seeds(table, keys, "nc1", log=True)
+        means["short"] = table.groupby(keys, sort=False)["short"].any().to_numpy()
         layer_curves(axes, means, group, len(group.folders))
+        say_short(axes[0], table)
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nlayer")
@@ -124,34 +144,48 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharey=True)[0]
         table = group.tables["nc1"]
-        layers = list(table["layer"].unique())
-        table = table.assign(depth=[1 + layers.index(layer) for layer in table["layer"]])
-        for epoch, marker in zip(group.shown("nc1"), cycle(style.MARKERS), strict=False):
+        depths = {layer: depth for depth, layer in enumerate([INPUT, *group.layers])}
+        depths = {layer: depth for layer, depth in depths.items() if layer in set(table["layer"])}
+        table, shown = table.assign(depth=table["layer"].map(depths)), group.shown("nc1")
+        layers, star = table[table["layer"] != INPUT], style.INPUT | {"marker": "*", "markersize": 7}
+        for each, axis in zip(group.sets, axes, strict=True):
+            depth_points(axis, table[(table["set"] == each) & (table["layer"] == INPUT)], star)
+        for epoch, marker in zip(shown, cycle(style.MARKERS), strict=False):
             look = {"color": style.of_epoch(epoch, group.last), "marker": marker}
             fits = []
             for each, axis in zip(group.sets, axes, strict=True):
-                fits += depth_line(axis, table[(table["set"] == each) & (table["epoch"] == epoch)], each, look)
+                its = layers[(layers["set"] == each) & (layers["epoch"] == epoch)]
+                depth_points(axis, its, look)
+                fits += depth_line(axis, its, each, look)
             axes[0].plot([], [], linestyle="", label="\n".join([f"epoch {epoch}", *fits]), **look)
+        say_short(axes[0], table[(table["layer"] == INPUT) | table["epoch"].isin(shown)], ",\nnot in the line")
         for axis in axes:
-            axis.set_xticks(range(1, len(layers) + 1), layers, rotation=0 if len(layers) <= 4 else 90)
+            axis.set_xticks(list(depths.values()), list(depths), rotation=0 if len(depths) <= 4 else 90)
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nchange per layer,\ncorrelation")
     same_scale(fig, groups, "y")
 
 
+def depth_points(axis: Axes, nc1: pd.DataFrame, look: dict) -> None:
+    """NC1 of one epoch by depth."""
+    means = over_seeds(nc1, ["depth"], "nc1", log=True).set_index("depth")
+    short = nc1.groupby("depth")["short"].any().reindex(means.index)
+    full = means[~short]
+    bars = [full["mean"] - full["low"], full["high"] - full["mean"]]
+    axis.errorbar(full.index, full["mean"], bars, linestyle="", elinewidth=1, **look)
+    crosses(axis, means["mean"][short], look)
+
+
 def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str]:
-    """NC1 of one epoch by depth, and the mean of the lines fitted to the seeds, which is said if there are any."""
-    means = over_seeds(nc1, ["depth"], "nc1", log=True).dropna()
-    bars = [means["mean"] - means["low"], means["high"] - means["mean"]]
-    axis.errorbar(means["depth"], means["mean"], bars, linestyle="", elinewidth=1, **look)
-    usable = nc1[nc1["nc1"].between(0, np.inf, inclusive="neither")]
+    """The mean of the lines fitted to the seeds, through layers of full rank, which is said if there are any."""
+    usable = nc1[nc1["nc1"].between(0, np.inf, inclusive="neither") & ~nc1["short"]]
     fits = [fit(its["depth"], np.log(its["nc1"])) for _, its in usable.groupby("seed") if len(its) > 2]
     if not fits:
         return []
     slopes, starts, correlations = np.transpose(fits)
-    fitted = np.exp(starts.mean() + slopes.mean() * means["depth"])
-    axis.plot(means["depth"], fitted, color=look["color"], linewidth=1, linestyle="--")
+    depth = usable["depth"].drop_duplicates().sort_values()
+    axis.plot(depth, np.exp(starts.mean() + slopes.mean() * depth), color=look["color"], linewidth=1, linestyle="--")
     spread = f" ± {np.exp(slopes).std(ddof=1):.2f}" if len(fits) > 1 else ""
     return [f"  {each} ×{np.exp(slopes.mean()):.2f}{spread}, {correlations.mean():.2f}"]
 
@@ -242,7 +276,8 @@ def draw_plane(fig: Figure, groups: list[Group]) -> None:
 def track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
     """The mean over seeds of x and y at 20 epochs, with an arrow along time half-way out from the start.
 
-    A large marker is the last epoch, small ones the seeds then. Points without a value are left out.
+    A large marker is the last epoch, a cross if a rank was short there, small ones the seeds then. Points without a
+    value are left out.
     """
     points = points.dropna(subset=["x", "y"])
     if points.empty:
@@ -251,8 +286,11 @@ def track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
     means = means.loc[spaced(means.index.tolist(), 20)]
     x, y = means.to_numpy().T
     axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.7)
-    axis.plot(x[-1:], y[-1:], markersize=7, mec="white", mew=0.5, linestyle="", label=label, zorder=3, **look)
     ends = points[points["epoch"] == means.index[-1]]
+    end = {"markersize": 7, "mec": "white", "mew": 0.5} | look
+    if "short" in ends and ends["short"].any():
+        end = {"color": look["color"]} | style.CROSS
+    axis.plot(x[-1:], y[-1:], linestyle="", label=label, zorder=3, **end)
     if len(ends) > 1:
         axis.plot(ends["x"], ends["y"], markersize=2.5, linestyle="", alpha=0.6, **look)
     far = np.hypot((x - x[0]) / (np.ptp(x) or 1), (y - y[0]) / (np.ptp(y) or 1))
@@ -304,9 +342,9 @@ def gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:
 
 def gaps(group: Group) -> dict[str, pd.Series]:
     """The gap of each measure of the layers that has one, also that of minimality where it cannot be drawn."""
-    information = group.tables["information"]
+    nc1, information = group.tables["nc1"], group.tables["information"]
     measured = {
-        "NC1": gap(group.tables["nc1"], ["layer"], "nc1"),
+        "NC1": gap(nc1[nc1["layer"] != INPUT], ["layer"], "nc1"),
         MINIMALITY: gap(information[information["layer"] != INPUT], ["layer"], "minimality"),
     }
     return {title: values for title, values in measured.items() if len(values)}
@@ -331,6 +369,7 @@ def has_gap(group: Group) -> bool:
 def draw_gap(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         loss, measured = gap(group.tables["epochs"], [], "loss"), gaps(group)
+        short = group.tables["nc1"].groupby(["layer", "seed", "epoch"])["short"].any()
         axes = part.subplots(1, len(measured), squeeze=False, sharey=True)[0]
         for (title, values), axis in zip(measured.items(), axes, strict=True):
             if title == MINIMALITY and (reason := unequal(group)):
@@ -341,9 +380,13 @@ def draw_gap(fig: Figure, groups: list[Group]) -> None:
             for layer, look in style.colours(group.layers).items():
                 if layer in values.index.get_level_values(0):
                     points = pd.DataFrame({"x": values.loc[layer], "y": loss})
+                    if title == "NC1":
+                        points["short"] = short.loc[layer]
                     track(axis, points.reset_index(), layer, look)
             style.few(axis)
-            if title == MINIMALITY:
+            if title == "NC1":
+                say_short(axes[0], group.tables["nc1"].query("layer in @group.layers and epoch == epoch.max()"))
+            else:
                 style.widen(axis, "x")
             size = values.abs()
             if size.max() > 100 * size.median() > 0:  # it spans decades, to both sides of 0

@@ -59,7 +59,10 @@ KINDS = {
         caption=(
             "NC1, the scatter within the classes over that between them, of every layer: where a curve falls, the "
             "samples of a class draw together. A test curve that levels off while that of the training set goes on "
-            "falling is a collapse that does not generalise. Mean and band over seeds are those of the logarithm."
+            "falling is a collapse that does not generalise. The dashed line is the input. A cross is a layer whose "
+            "class means have a rank below min(d, C - 1), of some seed: directions that they lost, and the scatter "
+            "along them, are not in NC1, which is lower for it and would read as collapse (nc1.csv has what they "
+            "kept and dropped). Mean and band over seeds are those of the logarithm."
         ),
         draw=figures.draw_nc1,
         has=measured("nc1"),
@@ -71,7 +74,9 @@ KINDS = {
             "The law of data separation (He & Su, PNAS 2023): in a trained network the logarithm of NC1 falls along a "
             "straight line with depth. The dashed line is fitted to the logarithm; the legend has the factor by which "
             "NC1 changes from a layer to the next along it, and the correlation with depth, of which -1 is the law "
-            "exactly. Of several seeds each is fitted, and the mean of the fits shown."
+            "exactly. Of several seeds each is fitted, and the mean of the fits shown. Not in the line are the input "
+            "(star), at depth 0, and crosses: layers whose class means have a rank below min(d, C - 1), of some seed. "
+            "Directions that they lost are not in their NC1, which is lower for it and would read as collapse."
         ),
         draw=figures.draw_depth,
         has=measured("nc1"),
@@ -120,7 +125,8 @@ KINDS = {
             "minimality: a track for each layer, as in the information plane. Tracks that keep to a rising line say "
             "that the two go together. Minimality is information about the samples at hand, which grows as they get "
             "fewer: it is compared only where both sets were measured on the same number of samples. An axis of NC1 "
-            "that spans decades is linear between its ticks next to 0."
+            "that spans decades is linear between its ticks next to 0. A track of NC1 ends in a cross where the class "
+            "means of the layer have a rank below min(d, C - 1), on either set: their NC1 lacks what they lost."
         ),
         draw=figures.draw_gap,
         has=figures.has_gap,

@@ -36,6 +36,7 @@ def shades(name: str, lightest: float) -> ListedColormap:
 LAYERS, EPOCHS = shades("viridis", 0.78), shades("inferno", 0.75)
 MARKERS = "osD^v<>Pph8d"
 INPUT = {"color": "black", "marker": "X"}
+CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5}  # NC1 of a layer whose class means lost a direction
 HOLLOW = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.6}
 DASHES = {"train": "-", "test": "--"}
 

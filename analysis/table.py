@@ -40,19 +40,27 @@ def layers(group: Group) -> pd.DataFrame:
         table[(table["epoch"] == table["epoch"].max()) | (table["layer"] == tables.INPUT)]
         for table in (group.tables["nc1"], group.tables["information"])
     )
-    first = [tables.INPUT] if tables.INPUT in set(information["layer"]) else []
+    first = [tables.INPUT] if tables.INPUT in {*nc1["layer"], *information["layer"]} else []
     rows = []
     for layer in [*first, *group.layers]:
         row = {"layer": layer}
         for each in SETS:
-            values = nc1.loc[(nc1["set"] == each) & (nc1["layer"] == layer), "nc1"]
-            row[f"NC1, {each}"] = cell(values, none="rank 0")  # the class means coincide
+            its = nc1[(nc1["set"] == each) & (nc1["layer"] == layer)]
+            row[f"NC1, {each}"] = cell(its["nc1"], none="rank 0") + rank(its)  # 0: the class means coincide
         for measure in ("minimality", "sufficiency"):
             for each in SETS:
                 values = information.loc[(information["set"] == each) & (information["layer"] == layer), measure]
                 row[f"{measure}, {each} (bits)"] = cell(values)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def rank(nc1: pd.DataFrame) -> str:
+    """The rank of the class means where it is short, from least to largest over seeds: a lost direction lowers NC1."""
+    least, largest = nc1["rank"].min(), nc1["rank"].max()
+    if not nc1["short"].any() or largest == 0:
+        return ""
+    return f" (rank {least})" if least == largest else f" (rank {least} to {largest})"
 
 
 def cell(values: pd.Series, none: str = "nan") -> str:

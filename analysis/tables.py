@@ -17,7 +17,7 @@ import pandas as pd
 
 COLUMNS = {  # what is used
     "epochs": ["epoch", "set", "loss", "accuracy"],
-    "nc1": ["epoch", "set", "layer", "nc1"],
+    "nc1": ["epoch", "set", "layer", "dim", "rank", "nc1", "kept", "dropped"],
     "dib": ["epoch", "set", "split", "permutation", "labeling", "entropy", "loss", "bound"],
     "lr_range": ["step", "learning_rate", "loss", "smoothed", "chosen"],
     "settle": ["factor", "steps", "set", "split", "permutation", "labeling", "entropy", "loss", "bound"],
@@ -29,8 +29,8 @@ COUNTS = ("epoch", "factor", "steps")
 KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
 # How long, where and with what a run was made, which does not change what an epoch of it is.
 ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
-FOLLOWS = ("dib_samples", "chosen")  # what follows from other flags
-INPUT = "input"  # the split without encoder, measured once
+FOLLOWS = ("num_classes", "dib_samples", "chosen")  # what follows from other flags
+INPUT = "input"  # the layer before the first, measured once
 BEATEN = 1e-3  # bits: a head whose loss is further above what is known to be possible was not found
 MEAN_SD = "mean ± sd of "
 
@@ -40,9 +40,9 @@ class Group:
     """Runs that differ only in their seed, up to the last epoch that all of them have.
 
     label: what sets the group apart from the others. tables: by name, as in the CSVs, with a column seed, splits called
-    layers too, the input's bounds those of all epochs, and information (by epoch) and settling (by steps) beside them;
-    a measure that was switched off is an empty table. last: -1 where no epoch is finished. asked: the epochs to be
-    compared by depth, if not those that are evenly spaced.
+    layers too, nc1 with short (the rank is below min(d, C - 1)), the input's bounds those of all epochs, and
+    information (by epoch) and settling (by steps) beside them; a measure that was switched off is an empty table.
+    last: -1 where no epoch is finished. asked: the epochs to be compared by depth, if not those evenly spaced.
     """
 
     label: str
@@ -74,7 +74,7 @@ class Group:
     @property
     def layers(self) -> list[str]:
         """All layers in order of depth, those at which DIB splits the network but NC1 is not measured among them."""
-        names = list(self.tables["nc1"]["layer"].unique())
+        names = [name for name in self.tables["nc1"]["layer"].unique() if name != INPUT]
         before = None
         for split in pd.concat([self.tables[name]["layer"] for name in ("dib", "settle")]).unique():
             if split not in (INPUT, *names):
@@ -166,7 +166,7 @@ def read_hparams(folder: Path) -> dict:
     path = folder / "hparams.json"
     try:
         hparams = json.loads(path.read_text("utf-8"))
-        missing = [name for name in ("model", "data", "seed") if name not in hparams]
+        missing = [name for name in ("model", "data", "seed", "num_classes") if name not in hparams]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not hold the flags of a run: {getattr(error, 'strerror', error)}") from None
     if missing:
@@ -220,6 +220,8 @@ def together(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
         if name not in OPTIONAL:  # runs of other lengths end with an epoch that the others do not measure
             common = set.intersection(*(set(its["epoch"]) for its in each))
             joined[name] = joined[name][joined[name]["epoch"].isin(common) & (joined[name]["epoch"] <= last)]
+    full = joined["nc1"]["dim"].clip(upper=hparams[0]["num_classes"] - 1)  # C is the data's, the same in all runs
+    joined["nc1"] = joined["nc1"].assign(short=joined["nc1"]["rank"] < full)
     joined["dib"] = with_input_bounded(joined["dib"])
     joined["information"] = information(joined["dib"], "epoch")
     joined["settling"] = information(joined["settle"], "steps")

@@ -39,7 +39,7 @@ import ranks
 import train
 from data.stratify import choose
 from tests.toys import Toy
-from tests.yardsticks import Alone, newton_optimum, seconds_to_reach, train_alone
+from tests.yardsticks import Alone, dense_nc1, newton_optimum, seconds_to_reach, train_alone
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"MNISTNet": (1, 28, 28), "CIFARNet": (3, 32, 32), "ResNet": (3, 32, 32), "ConvNeXt": (3, 32, 32)}
@@ -158,6 +158,40 @@ def bench_nc1() -> Iterator[Row]:
             C = 2 if name == "MLP" else 10
             ours = partial(nc1.measure, model, models.taps(model), split, C, 400, keep_bytes)
             yield compare(f"NC1 {name}, {words}", f"N {N}, taps {len(models.taps(model))}", ours, forward, goal)
+
+
+def there(data_dir: str) -> bool:
+    """Whether Fashion-MNIST is there; if not, a line says that what needs it is skipped."""
+    try:
+        data.load("FashionMNIST", data_dir)
+    except ValueError as error:
+        print(f"skipped: {error}")
+        return False
+    return True
+
+
+def bench_rank(args: argparse.Namespace) -> Iterator[Row]:
+    """NC1 of deep saturated networks, as a run writes it, beside the dense formula of float64 activations.
+
+    ours: the largest relative difference among layers and sets, infinite where the rank differs. Singular values of M
+    up to 1e-10 of the largest are 0.
+    """
+    for nonlinearity in ("Tanh", "ReLU", "Sigmoid") if there(args.data_dir) else ():
+        flags = ("-d", "FashionMNIST", "--data-dir", args.data_dir, "--train-size", "5000", "--epochs", "8", "--no-dib")
+        model, _, dataset, tables = trained(*flags, "-w", *["10"] * 8, "-nl", nonlinearity)
+        model, worst = model.double(), 0.0
+        for name, split in (("train", dataset.train), ("test", dataset.test)):
+            found = {row["layer"]: row for row in tables["nc1.csv"] if (row["epoch"], row["set"]) == ("8", name)}
+            x, y = split.batch(torch.arange(len(split), device=DEVICE))
+            h = x.double()
+            for layer, block in list(model.named_children())[:-1]:
+                h = block(h).detach()
+                if layer in found:
+                    M = torch.stack([h[y == c].mean(0) for c in range(10)]) - h.mean(0)
+                    off = abs(float(found[layer]["nc1"]) / dense_nc1(h, y, 10, rtol=1e-10) - 1)
+                    same = int(found[layer]["rank"]) == torch.linalg.matrix_rank(M, rtol=1e-10)
+                    worst = max(worst, off if same else math.inf)
+        yield Row(f"NC1 {nonlinearity}", "N 5000 and 10000, layers 8, epoch 8", worst, None, "", None, "ours <= 0.001")
 
 
 def last_line(call: str, launch: Iterable[str] = (), **environment: str) -> float:
@@ -365,7 +399,7 @@ def trained(*options: str) -> tuple[nn.Sequential, Callable[[], nn.Sequential], 
         train.main(options)
         run, _ = train.prepare(flags.parse(options))
         state = torch.load(f"{folder}/run/checkpoint.pt", map_location=DEVICE, weights_only=True)
-        for name in ("epochs.csv", "dib.csv"):
+        for name in ("epochs.csv", "nc1.csv", "dib.csv"):
             with open(f"{folder}/run/{name}") as file:
                 tables[name] = list(csv.DictReader(file))
     run.model.load_state_dict(state["model"])
@@ -490,10 +524,7 @@ def beaten_of_run() -> Iterator[Row]:
 
 
 def quality_of_mnistnet(data_dir: str, slow: bool) -> Iterator[Row]:
-    try:
-        data.load("FashionMNIST", data_dir)
-    except ValueError as error:
-        print(f"skipped: {error}")
+    if not there(data_dir):
         return
     of_data = ("-d", "FashionMNIST", "--data-dir", data_dir, "--train-size", "5000")
     model, build, split, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
@@ -605,6 +636,7 @@ def bench_heads(args: argparse.Namespace) -> Iterator[Row]:
 PARTS = {
     "nc1": bench_nc1,
     "memory": bench_memory,
+    "rank": bench_rank,
     "step": bench_step,
     "growth": bench_growth,
     "layout": bench_layout,
@@ -612,13 +644,14 @@ PARTS = {
     "dib": bench_dib,
     "heads": bench_heads,
 }
+OF_IMAGES = ("rank", "heads")  # real ones, in the folder that a flag names
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("parts", nargs="*", help=f"some of {', '.join(PARTS)} (all)")
-    flag("--data-dir", default="datasets", metavar="DIR", help="where heads looks for images (%(default)s)")
+    flag("--data-dir", default="datasets", metavar="DIR", help="where rank and heads look for images (%(default)s)")
     flag("--cifar-npz", metavar="FILE", help="CIFAR-10's training images as JPEG files, in place of --data-dir's")
     flag("--slow", action="store_true", help="heads beside 4 runs of 16 times the steps, not one of 4 times")
     return parser
@@ -638,7 +671,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*Row._fields[:7], "verdict"])
         for part in args.parts or PARTS:
-            for row in bench_heads(args) if part == "heads" else PARTS[part]():
+            for row in PARTS[part](args) if part in OF_IMAGES else PARTS[part]():
                 print(row.line(), flush=True)
                 writer.writerow(row.fields(digits=6))
                 file.flush()

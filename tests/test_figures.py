@@ -1,5 +1,6 @@
 import re
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,7 +88,7 @@ def test_nc1_is_the_geometric_mean_over_seeds(tmp_path):
     found = groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 1, 7)])
     mean = 50 * 16 ** (1 / 3)
     assert line(axes(gallery.figure("nc1", found))[0], "hidden1").get_ydata()[0] == pytest.approx(mean)
-    assert axes(gallery.figure("depth", found))[0].containers[0].lines[0].get_ydata()[0] == pytest.approx(mean)
+    assert axes(gallery.figure("depth", found))[0].containers[1].lines[0].get_ydata()[0] == pytest.approx(mean)
 
 
 def test_the_input_is_a_dashed_line_where_it_was_measured(tmp_path):
@@ -184,7 +185,7 @@ def test_groups_stand_in_one_figure(tmp_path):
     assert texts(figure) == ["MLP on SZT, seed 0", "ConvNeXt on CIFAR10, seed 0", "train", "test"]
     figure = gallery.figure("nc1", groups(runs))
     assert [part.get_suptitle() for part in figure.subfigs] == ["MLP on SZT", "ConvNeXt on CIFAR10"]
-    assert [len(part.legends[0].get_texts()) for part in figure.subfigs] == [3, 19]
+    assert [len(part.legends[0].get_texts()) for part in figure.subfigs] == [4, 20]
     alone = gallery.figure("nc1", groups(runs[:1]))
     assert figure.get_figheight() == pytest.approx(2 * alone.get_figheight() - 0.3)
     assert figure.get_figwidth() > alone.get_figwidth()  # room for a legend in two columns
@@ -205,8 +206,8 @@ def test_depth_says_the_factor_and_the_correlation(tmp_path):
 def test_depth_is_fitted_to_each_seed(tmp_path):
     """One seed halves from layer to layer, the other quarters: 0.35 is their geometric mean, 0.18 their deviation."""
     runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, epochs=1) for seed in range(2)]
-    rows = [f"1,{each},hidden{k},8,1,{0.25**k}" for each in ("train", "test") for k in (1, 2, 3)]
-    (runs[1] / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1\n" + "\n".join(rows) + "\n")
+    rows = [f"1,{each},hidden{k},8,1,{0.25**k},1,0" for each in ("train", "test") for k in (1, 2, 3)]
+    (runs[1] / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1,kept,dropped\n" + "\n".join(rows) + "\n")
     figure = gallery.figure("depth", groups(runs))
     assert texts(figure) == ["epoch 1\n  train ×0.35 ± 0.18, -1.00\n  test ×0.35 ± 0.18, -1.00"]
     fitted = [line for line in axes(figure)[0].lines if line.get_linestyle() == "--"]
@@ -239,12 +240,81 @@ def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
 def test_an_nc1_that_is_not_there_is_a_gap_and_is_said(tmp_path):
     runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
     path = runs[0] / "nc1.csv"
-    path.write_text(path.read_text().replace("1,train,hidden2,8,1,25.0", "1,train,hidden2,8,0,nan"))
-    assert texts(gallery.figure("nc1", groups(runs))) == ["hidden1", "hidden2 (1 to 2 seeds)", "hidden3"]
+    path.write_text(path.read_text().replace("1,train,hidden2,8,1,25.0,1,0", "1,train,hidden2,8,0,nan,nan,1"))
+    assert texts(gallery.figure("nc1", groups(runs))) == ["input", "hidden1", "hidden2 (1 to 2 seeds)", "hidden3"]
     alone = gallery.figure("nc1", groups(runs[:1]))
     y = line(axes(alone)[0], "hidden2").get_ydata()
     assert np.isnan(y).tolist() == [True, False, False]
     assert texts(gallery.figure("depth", groups(runs[:1])))[0] == "epoch 1\n  test ×0.50, -1.00"  # two layers: no line
+
+
+def lose_ranks(run: Path, rows: str) -> None:
+    """Make the class means of these layers those of rank 1, of three classes."""
+    hparams, path = run / "hparams.json", run / "nc1.csv"
+    hparams.write_text(hparams.read_text().replace('"num_classes": 2', '"num_classes": 3'))
+    text = re.sub(r"(\w+,\d+),1,", r"\1,2,", path.read_text())
+    path.write_text(re.sub(rf"^({rows},\d+),2,", r"\1,1,", text, flags=re.MULTILINE))
+
+
+def crosses(axis: plt.Axes) -> dict[tuple, list]:
+    """The points of the crosses by their colours; those without points are names in a legend."""
+    found = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    return {to_rgb(one.get_color()): np.transpose(one.get_data()).tolist() for one in found}
+
+
+def test_layers_of_short_rank_are_crosses(tmp_path):
+    """hidden2 in the first two epochs on the training set, where NC1 is 25 and 12.5, for one of two seeds."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed=seed) for seed in (0, 1)]
+    assert texts(gallery.figure("nc1", groups(runs))) == ["input", *LAYERS]  # no crosses, no word of them
+    lose_ranks(runs[0], "[12],train,hidden2")
+    lose_ranks(runs[1], "none")
+    figure = gallery.figure("nc1", groups(runs))
+    assert texts(figure) == ["input", *LAYERS, "rank below\nmin(d, C − 1)"]
+    first, second = axes(figure)
+    curve = line(first, "hidden2")
+    assert crosses(first) == {
+        to_rgb(curve.get_color()): [[1, pytest.approx(25 * 2**0.5)], [2, pytest.approx(12.5 * 2**0.5)]]
+    }
+    assert curve.get_markevery() == [2]
+    assert crosses(second) == {}
+    lose_ranks(runs[1], "1,test,input")
+    assert crosses(axes(gallery.figure("nc1", groups(runs)))[1]) == {(0, 0, 0): [[1, pytest.approx(150 * 2**0.5)]]}
+
+
+def test_layers_of_short_rank_are_not_in_the_line_by_depth(tmp_path):
+    """NC1 halves from layer to layer but in hidden2, which lost a direction, and most of its NC1 with it."""
+    run = measured(tmp_path / "run", DEEP[:4], epochs=1)
+    path = run / "nc1.csv"
+    path.write_text(path.read_text().replace("block2,8,1,25.0", "block2,8,1,0.25"))
+    lose_ranks(run, "1,train,block2")
+    figure = gallery.figure("depth", groups([run]))
+    assert texts(figure) == [
+        "epoch 1\n  train ×0.50, -1.00\n  test ×0.50, -1.00",
+        "rank below\nmin(d, C − 1),\nnot in the line",
+    ]
+    (points,) = crosses(axes(figure)[0]).values()
+    assert points == [[2, 0.25]]
+    assert len(axes(figure)[0].containers[1].lines[0].get_ydata()) == 3
+    assert crosses(axes(figure)[1]) == {}
+
+
+def test_the_input_is_at_depth_0_in_every_epoch_shown(tmp_path):
+    first, second = axes(gallery.figure("depth", groups([measured(tmp_path / "run", LAYERS, epochs=9)])))
+    for axis, value in ((first, 100), (second, 150)):
+        (star,) = [line for line in axis.lines if line.get_marker() == "*"]
+        assert star.get_xydata().tolist() == [[0, pytest.approx(value)]]
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["input", *LAYERS]
+    assert first.get_xticks().tolist() == [0, 1, 2, 3]
+
+
+def test_a_track_of_short_rank_ends_in_a_cross(tmp_path):
+    run = measured(tmp_path / "run", LAYERS)
+    lose_ranks(run, "3,test,hidden2")
+    figure = gallery.figure("gap", groups([run]))
+    first, second = axes(figure)
+    assert [line(first, name).get_marker() == "x" for name in LAYERS] == [False, True, False]
+    assert [line(second, name).get_marker() == "x" for name in LAYERS] == [False] * 3  # of minimality
+    assert texts(figure)[-1] == "rank below\nmin(d, C − 1)"
 
 
 def test_gaps_are_those_of_each_epoch(tmp_path):
@@ -276,7 +346,7 @@ def test_minimality_of_unequal_sets_is_not_compared(tmp_path, samples, reason):
     assert (len(second.lines), second.axison) == (0, False)
     assert all(line(axis, "hidden3") for axis in (first, third, fourth))
     for run in runs:
-        (run / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1\n")
+        (run / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1,kept,dropped\n")
     assert [gallery.KINDS["gap"].has(group) for group in groups(runs)] == [False, True]
 
 
@@ -353,7 +423,7 @@ def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
     run = measured(tmp_path / "run", LAYERS, factors=(1, 2))
     text = (run / f"{table}.csv").read_text()
     if table == "nc1":
-        text = re.sub(r"(hidden3,8),1,.*", r"\1,0,nan", text)
+        text = re.sub(r"(hidden3,8),1,.*", r"\1,0,nan,nan,1", text)
     elif table == "epochs":
         text = re.sub(r"(\d,test),[^,]*", r"\1,inf", text)
     else:

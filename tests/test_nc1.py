@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+import models
 import nc1
 from tests.toys import Toy, clusters
 from tests.yardsticks import dense_nc1
 
 
-def of(split: Toy, C: int, **options) -> tuple[int, int, float]:
+def of(split: Toy, C: int, **options) -> nc1.Collapse:
     """NC1 of the inputs themselves."""
     model = nn.Sequential(nn.Flatten())
     return nc1.measure(model, {"inputs": model[0]}, split, C, **options)["inputs"]
@@ -24,7 +25,8 @@ def three_blocks(d: int = 6) -> nn.Sequential:
 def test_by_hand():
     """Means 1 and 6, overall 3.5: Sigma_B = 6.25; deviations 1 1 2 2: Sigma_W = 2.5."""
     split = Toy(torch.tensor([[0.0], [2.0], [4.0], [8.0]]), torch.tensor([0, 0, 1, 1]))
-    assert of(split, 2) == (1, 1, pytest.approx(0.4, rel=1e-12))
+    assert of(split, 2) == (1, 1, pytest.approx(0.4, rel=1e-12), 1, 0)
+    assert nc1.collapse(split.x, split.labels, 2) == (1, 1, pytest.approx(0.4, rel=1e-12), 1, 0)
 
 
 @pytest.mark.parametrize(("N", "d", "C"), [(500, 20, 10), (500, 4, 10), (300, 30, 2), (200, 3, 3)])
@@ -33,8 +35,9 @@ def test_agrees_with_dense_nc1(N, d, C, offset, tolerance):
     """Classes of different sizes, C > d among them; the overall mean is over samples, not over classes."""
     split = clusters(N, d, C)
     split.x += offset
-    dim, rank, value = of(split, C, batch_size=37)
-    assert (dim, rank) == (d, min(d, C - 1))
+    dim, rank, value, _, dropped = of(split, C, batch_size=37)
+    assert (dim, rank, dropped) == (d, min(d, C - 1), 0)
+    assert of(split, C, batch_size=37) == pytest.approx(nc1.collapse(split.x, split.labels, C), rel=1e-9)
     assert value == pytest.approx(dense_nc1(split.x, split.labels, C), rel=tolerance)
 
 
@@ -47,9 +50,20 @@ def test_nearly_collinear_means(offset, aside):
     y = torch.arange(600) % 3
     noise = torch.randn(200, 8, generator=g).repeat_interleave(3, 0) * 0.1  # the same in every class
     split = Toy(means[y] + noise + offset, y)
-    _, rank, value = of(split, 3)
+    _, rank, value, kept, _ = of(split, 3)
     assert rank == 2
+    assert kept == pytest.approx(aside / 12**0.5, rel=0.01)
     assert value == pytest.approx(dense_nc1(split.x, y, 3), rel=1e-4)
+
+
+@pytest.mark.parametrize(("aside", "rank"), [(3e-7, 1), (3e-6, 2)])
+def test_directions_near_the_eps_of_the_largest_do_not_count(aside, rank):
+    """Means -1 0, 1 0 and 0 aside: singular values sqrt(2) and sqrt(2/3) aside, the floor 8 x 1.2e-7 sqrt(2)."""
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, aside]])
+    found = nc1.collapse(means, torch.arange(3), 3)
+    evidence = (pytest.approx(1), pytest.approx(aside / 3**0.5)) if rank == 1 else (pytest.approx(aside / 3**0.5), 0)
+    assert found[1:] == (rank, 0, *evidence)
+    assert nc1.collapse(means.double(), torch.arange(3), 3).rank == 2
 
 
 @pytest.mark.parametrize(("N", "offset"), [(30, 0), (2000, 0), (2000, 100)])
@@ -59,14 +73,15 @@ def test_rank_ignores_rounding(N, offset):
     h = split.x
     for fan_in, fan_out in ((2, 1000), (1000, 1000), (1000, 1000), (1000, 40)):
         h = h @ torch.randn(fan_in, fan_out, generator=g) / fan_in**0.5
-    dim, rank, value = of(Toy(h + offset, split.labels), 6)
+    dim, rank, value, kept, dropped = of(Toy(h + offset, split.labels), 6)
     assert (dim, rank) == (40, 2)
+    assert 0 < dropped < 1e-5 < 0.1 < kept
     assert value == pytest.approx(of(split, 6)[2], rel=1e-4)  # linear maps of full rank leave the trace as it is
 
 
 def test_batch_size_order_rotation_and_offset_change_nothing():
     split = clusters(400, 12, 5)
-    _, _, value = of(split, 5)
+    value = of(split, 5)[2]
     shuffle = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     Q, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double())
     assert of(split, 5, batch_size=1)[2] == pytest.approx(value, rel=1e-12)
@@ -127,15 +142,21 @@ def test_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_refuses_a_tap_that_is_overwritten():
-    """What was kept is no longer what the layer gave; recomputed, it is read in time."""
-    split = clusters(50, 6, 3)
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
-    taps = {"linear": model[0], "relu": model[1]}
-    with pytest.raises(ValueError, match="'linear' has its output overwritten"):
-        nc1.measure(model, taps, split, 3)
-    value = nc1.measure(model, taps, split, 3, keep_bytes=0)["linear"][2]
-    assert value == pytest.approx(dense_nc1(model[0](split.x).detach(), split.labels, 3), rel=1e-6)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("keep_bytes", [0, 60 * 24 * 4, nc1.KEEP_BYTES])
+def test_a_tap_that_is_overwritten_is_measured_as_it_was(layout, keep_bytes):
+    """By a layer in place further on, through views too, with features in memory as they are taken and otherwise."""
+    split = clusters(60, 24, 3)
+    split.x = split.x.view(60, 6, 2, 2).contiguous(memory_format=layout)
+    model = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1), nn.Flatten(), nn.ELU(inplace=True))
+    model.to(memory_format=layout)
+    with torch.inference_mode():
+        expected, h = {}, split.x.clone()
+        for i, block in enumerate(model):
+            h = block(h)
+            expected[str(i)] = dense_nc1(h.flatten(1), split.labels, 3)
+        got = nc1.measure(model, dict(model.named_children()), split, 3, 25, keep_bytes)
+    assert {tap: of_tap.nc1 for tap, of_tap in got.items()} == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_taps():
@@ -144,14 +165,34 @@ def test_no_taps():
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.3])
 def test_class_means_that_coincide_have_no_nc1(constant):
-    dim, rank, value = of(Toy(torch.full((300, 5), constant), torch.arange(300) % 3), 3)
-    assert (dim, rank) == (5, 0)
-    assert math.isnan(value)
+    y = (torch.arange(300) % 7).clamp(max=2)  # of different sizes, so that sums are rounded differently
+    for dtype in (torch.float32, torch.float64):
+        dim, rank, *rest = of(Toy(torch.full((300, 5), constant, dtype=dtype), y), 3)
+        assert (dim, rank) == (5, 0)
+        assert all(map(math.isnan, rest))  # M is 0
 
 
 def test_class_means_that_coincide_but_for_rounding_have_no_nc1():
     noise = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)) * 1e-5  # 100.3 has an ulp of 8e-6
     assert of(Toy(100.3 + noise, torch.arange(300) % 3), 3)[1] == 0
+
+
+@pytest.mark.parametrize("C", [10, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_class_means_one_ulp_apart_have_rank_0(C, dtype, offset):
+    """Each number in them is one of two neighbours, in fewer and in more dimensions than there are classes."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    g, y = torch.Generator().manual_seed(0), torch.arange(3 * C) % C
+    for d in (5, 300):
+        low = (torch.rand(d, generator=g) + offset).to(dtype).view(integers)
+        means = (low + torch.randint(0, 2, (C, d), generator=g).to(integers)).view(dtype)
+        assert len(means.unique(dim=0)) > 1
+        for split in (Toy(means[y], y), Toy(-means[y], y)):
+            rank, value, kept, dropped = of(split, C)[1:]
+            assert (rank, dropped) == (0, 1)
+            assert math.isnan(value)
+            assert math.isnan(kept)
 
 
 def test_names_the_empty_class():
@@ -176,8 +217,189 @@ def test_names_the_layer_that_is_not_finite(bad):
 
 def test_refuses_a_tap_that_is_not_called_once():
     split, model = clusters(50, 6, 3), three_blocks()
-    with pytest.raises(ValueError, match="'stray' is not called"):
+    with pytest.raises(ValueError, match="'stray' is called 0 times"):
         nc1.measure(model, {"stray": nn.Linear(6, 6)}, split, 3)
     twice = nn.Sequential(model[0], model[0])
-    with pytest.raises(ValueError, match="'twice' is called more than once"):
+    with pytest.raises(ValueError, match="'twice' is called 2 times"):
         nc1.measure(twice, {"twice": model[0]}, split, 3)
+
+
+@pytest.mark.parametrize("C", [2, 10])
+@pytest.mark.parametrize("nonlinearity", ["Tanh", "Sigmoid", "ReLU"])
+def test_small_plain_networks_are_measured_in_float64(nonlinearity, C):
+    """Deep saturated layers have directions that float32 would lose or add; singular values of M below 1e-8 are 0."""
+    torch.manual_seed(0)
+    split, model = clusters(600, 20, C), models.build("MLP", (20,), C, widths=(10,) * 8, nonlinearity=nonlinearity)
+    got = nc1.measure(model, models.taps(model), split, C, batch_size=250, keep_bytes=600 * 4 * 10 * 8)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    h = split.x.double()
+    for tap, block in list(model.double().named_children())[1:-1]:
+        h = block(h).detach()
+        assert got[tap].nc1 == pytest.approx(dense_nc1(h, split.labels, C, rtol=1e-8), rel=1e-5), tap
+        M = torch.stack([h[split.labels == c].mean(0) for c in range(C)]) - h.mean(0)
+        assert got[tap].rank == torch.linalg.matrix_rank(M, rtol=1e-8), tap
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("change", ["hook", "hook before", "forward", "subclass", "large", "bfloat16"])
+def test_what_is_not_plain_or_small_runs_as_it_is(monkeypatch, change):
+    """In float32, with all that makes it another network."""
+    torch.manual_seed(0)
+    model, split = nn.Sequential(nn.Linear(6, 5), nn.Tanh()), clusters(90, 6, 3)
+    layer = model[0]
+    if change == "hook":
+        layer.register_forward_hook(lambda _, __, output: output * 2)
+    elif change == "hook before":
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    elif change == "forward":
+        layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    elif change == "subclass":
+        model[0] = Doubled(6, 5)
+    elif change == "large":
+        monkeypatch.setattr(nc1, "SMALL", 34)  # it has 35
+    else:
+        model.bfloat16()
+        split.x = split.x.bfloat16()
+    h = model(split.x).detach()
+    assert h.dtype == (torch.bfloat16 if change == "bfloat16" else torch.float32)
+    got = nc1.measure(model, {"tanh": model[1]}, split, 3)["tanh"].nc1
+    assert got == pytest.approx(dense_nc1(h, split.labels, 3), rel=1e-9)
+
+
+class Gives(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.what(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        (lambda x: (x, x), "a tuple"),
+        (lambda x: {"x": x}, "a dict"),
+        (lambda x: x[:, 0], r"torch.float32 of shape \(1,\)"),
+        (lambda x: x[..., None].transpose(0, 1), r"torch.float32 of shape \(6, 1, 1\)"),
+        (lambda x: x[:, :0], r"torch.float32 of shape \(1, 0\)"),
+        (lambda x: x.long(), r"torch.int64 of shape \(1, 6\)"),
+        (lambda x: x > 0, r"torch.bool of shape \(1, 6\)"),
+        (lambda x: x + 1j, r"torch.complex64 of shape \(1, 6\)"),
+    ],
+)
+def test_names_the_layer_that_gives_something_else(what, given):
+    model = nn.Sequential(nn.Linear(6, 6), Gives(what))
+    with pytest.raises(ValueError, match=f"layer 'second' gives {given}, expected a floating-point tensor of shape"):
+        nc1.measure(model, {"first": model[0], "second": model[1]}, clusters(50, 6, 3), 3)
+
+
+def test_names_the_layer_that_gives_a_part_of_the_batch():
+    """As a replica of DataParallel would; one sample is whole."""
+    model = nn.Sequential(Gives(lambda x: x[: max(1, len(x) // 2)]))
+    message = r"layer 'half' gives torch.float32 of shape \(10, 6\), expected a .* of shape \(20, ...\)"
+    with pytest.raises(ValueError, match=message):
+        nc1.measure(model, {"half": model[0]}, clusters(50, 6, 3), 3, batch_size=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    split = clusters(50, 6, 3)
+    assert of(Toy(split.x, split.labels.to(dtype)), 3) == of(split, 3)
+
+
+class Labeled(Toy):
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        (lambda y: y.tolist(), "a list"),
+        (lambda y: y.numpy(), "a ndarray"),
+        (lambda y: None, "a NoneType"),
+        (lambda y: y.float(), r"torch.float32 of shape \(50,\)"),
+        (lambda y: y[:, None], r"torch.int64 of shape \(50, 1\)"),
+    ],
+)
+def test_says_what_labels_have_to_be(change, given):
+    split = Labeled(*vars(clusters(50, 6, 3)).values())
+    split.labels = change(split.labels)
+    with pytest.raises(ValueError, match=rf"split\.labels has to be a tensor of 50 integers, got {given}"):
+        of(split, 3)
+
+
+def test_says_that_labels_are_missing():
+    split = Labeled(*vars(clusters(50, 6, 3)).values())
+    del split.labels
+    with pytest.raises(ValueError, match=r"split\.labels has to be a tensor of 50 integers, got a NoneType"):
+        of(split, 3)
+
+
+def test_refuses_batches_with_other_labels():
+    split = clusters(50, 6, 3)
+    noisy = split.labels.clone()
+    noisy[40] = (noisy[40] + 1) % 3
+    split.batch = lambda indices: (split.x[indices], noisy[indices])
+    with pytest.raises(ValueError, match=r"split.batch\(indices\) gives other labels than split.labels\[indices\]"):
+        of(split, 3, batch_size=20)
+
+
+def test_refuses_one_class():
+    with pytest.raises(ValueError, match="num_classes has to be at least 2, got 1"):
+        of(Toy(torch.randn(6, 2), torch.zeros(6, dtype=torch.int64)), 1)
+
+
+class Moody(nn.Module):
+    """Goes around its layer in the second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(6, 6), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x if self.calls == 3 else self.layer(x)  # one call is for one sample
+
+
+def test_refuses_a_tap_that_is_not_called_in_some_batch():
+    """As in a compiled network, which has forgotten its hooks for the sizes of batches that it knows."""
+    model = Moody()
+    with pytest.raises(ValueError, match="'layer' is called 0 times in a forward pass, expected once"):
+        nc1.measure(model, {"layer": model.layer}, clusters(50, 6, 3), 3, batch_size=20)
+
+
+class Careful(nn.Module):
+    """A network that would take the end of a forward pass for a failure."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.tanh = nn.Linear(6, 6), nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.tanh(self.linear(x))
+        except Exception:
+            return self.tanh(0 * x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("network", [Careful, three_blocks])
+def test_the_same_in_any_mode_of_autograd_which_is_left_as_it_was(network, mode):
+    torch.manual_seed(0)
+    model, split = network().eval(), clusters(90, 6, 3)
+    tap = model.tanh if network is Careful else model[1]
+    h = model(split.x) if network is Careful else model[:2](split.x)
+    expected = pytest.approx(dense_nc1(h.detach(), split.labels, 3), rel=1e-6)
+    for keep_bytes in (0, nc1.KEEP_BYTES):
+        with mode():
+            before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            assert nc1.measure(model, {"tap": tap}, split, 3, 40, keep_bytes)["tap"].nc1 == expected
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    model(split.x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -37,13 +37,13 @@ def test_every_figure_as_png_and_as_pdf_with_its_fonts(tmp_path, capsys):
         (["nc1"], ALL - {"nc1", "depth"}),
         (["dib", "settle"], {"training", "nc1", "depth", "gap"}),
         (["nc1", "dib", "settle"], {"training"}),
-        (["hidden"], {"training", "information", "plane", "plane_by_epoch", "settle"}),
+        (["hidden"], {"training", "nc1", "depth", "information", "plane", "plane_by_epoch", "settle"}),
         ([",test,"], ALL - {"gap"}),
         (["epochs", "nc1", "dib", "settle"], set()),
     ],
 )
 def test_what_was_measured_is_drawn(tmp_path, without, expected):
-    """A table without rows (a measure that was off), DIB of the input alone, one set alone, a range test alone."""
+    """A table without rows (a measure that was off), the input alone, one set alone, a range test alone."""
     run = measured(tmp_path / "run", LAYERS, factors=() if "settle" in without else (1, 2))
     (run / "lr_range.csv").write_text(LR_RANGE)
     for path in (run / f"{name}.csv" for name in ("epochs", "nc1", "dib", *["settle"] * ("settle" not in without))):

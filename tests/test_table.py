@@ -53,8 +53,8 @@ def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
     (group,) = groups([measured(tmp_path / "run", LAYERS)])
     layers = table.layers(group)
     assert layers["layer"].tolist() == ["input", *LAYERS]
-    assert layers["NC1, train"].tolist() == ["–", "16.67", "8.333"]
-    assert layers["NC1, test"].tolist() == ["–", "25.00", "12.50"]
+    assert layers["NC1, train"].tolist() == ["100.0", "16.67", "8.333"]
+    assert layers["NC1, test"].tolist() == ["150.0", "25.00", "12.50"]
     assert layers["minimality, train (bits)"].tolist() == ["0.4328"] * 3
     assert layers["sufficiency, test (bits)"].tolist() == ["0.7213"] * 3
 
@@ -72,11 +72,23 @@ def test_how_many_decoders_were_not_found_is_said_for_the_sets_there_are(tmp_pat
 
 def test_a_dead_layer_and_a_lost_loss_are_said(tmp_path):
     run = measured(tmp_path / "run", LAYERS)
-    (run / "nc1.csv").write_text(re.sub(r"(3,train,hidden2,8),1,.*", r"\1,0,nan", (run / "nc1.csv").read_text()))
+    (run / "nc1.csv").write_text(re.sub(r"(3,train,hidden2,8),1,.*", r"\1,0,nan,nan,1", (run / "nc1.csv").read_text()))
     (run / "epochs.csv").write_text(re.sub(r"(3,test),[^,]*", r"\1,nan", (run / "epochs.csv").read_text()))
     (group,) = groups([run])
-    assert table.layers(group)["NC1, train"].tolist() == ["–", "16.67", "rank 0"]
+    assert table.layers(group)["NC1, train"].tolist() == ["100.0", "16.67", "rank 0"]
     assert table.fits([group])["loss, test (nats)"].tolist() == ["nan"]
+
+
+def test_a_rank_that_is_short_is_given(tmp_path):
+    """d is 8, of ten classes; the ranks of two seeds differ in hidden2, and are 9 - 1 in hidden1."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, num_classes=10) for seed in (0, 1)]
+    for run, rank in zip(runs, (3, 5), strict=True):
+        text = (run / "nc1.csv").read_text()
+        for layer, its in (("input,12", 9), ("hidden1,8", 8), ("hidden2,8", rank)):
+            text = text.replace(f"{layer},1,", f"{layer},{its},")
+        (run / "nc1.csv").write_text(text)
+    found = [table.layers(group)["NC1, train"].tolist()[1:] for group in (*groups(runs[:1]), *groups(runs))]
+    assert found == [["16.67", "8.333 (rank 3)"], ["25 ± 12", "12.5 ± 5.9 (rank 3 to 5)"]]
 
 
 def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path, capsys):
@@ -87,7 +99,10 @@ def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path, capsys):
         path.write_text(path.read_text().splitlines()[0] + "\n")
 
     empty("dib")
-    assert table.layers(*groups([run])).iloc[0].tolist() == ["hidden1", "16.67", "25.00", *"––––"]
+    assert table.layers(*groups([run])).iloc[:2].to_numpy().tolist() == [
+        ["input", "100.0", "150.0", *"––––"],
+        ["hidden1", "16.67", "25.00", *"––––"],
+    ]
     empty("nc1")
     table.write(groups([run]), run)
     assert (run / "table.tex").read_text().count("tabular") == 2  # begin and end of one
@@ -136,6 +151,6 @@ def test_latex(written):
     assert r"layer & train & test & train & test & train & test \\" in text
     assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in text
     assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in text
-    assert r"input & -- & -- &" in text
+    assert r"input & 200 $\pm$ 141 &" in text
     negative = table.latex(pd.DataFrame({"layer": ["x-1"], "NC1, train": ["-0.5 ± 0.1"]}))
     assert r"x-1 & $-$0.5 $\pm$ 0.1 \\" in negative

@@ -175,8 +175,8 @@ OFF = {"deterministic": False, "tune": None}
 
 def test_a_row_that_is_there_twice_is_named(folder):
     path = folder / "nc1.csv"
-    path.write_text(path.read_text() + "2,test,hidden1,8,1,5.0\n")
-    with pytest.raises(ValueError, match=r"nc1.csv, line 14: epoch 2, set test, layer hidden1 is there twice"):
+    path.write_text(path.read_text() + "2,test,hidden1,8,1,5.0,1,0\n")
+    with pytest.raises(ValueError, match=r"nc1.csv, line 16: epoch 2, set test, layer hidden1 is there twice"):
         tables.groups([folder])
 
 

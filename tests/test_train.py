@@ -57,8 +57,11 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
         [e, s, layer, dim, 1]
         for e in (0, 1, 2)
         for s in ("train", "test")
-        for layer, dim in (("hidden1", 4), ("hidden2", 3))
+        for layer, dim in (("input", 12), ("hidden1", 4), ("hidden2", 3))
+        if e == 0 or layer != "input"  # measured once, as it does not change
     ]
+    assert (collapse["kept"] == 1).all()  # of one direction
+    assert (collapse["dropped"] == 0).all()
 
     dataset = data.load("SZT")
     D = {s: relabel(split.labels, 2).shape[1] for s, split in (("train", dataset.train), ("test", dataset.test))}
@@ -100,7 +103,16 @@ def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
         assert row["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
         values = tables["nc1.csv"].loc[name, "nc1"].tolist()
-        assert values == pytest.approx([v for *_, v in nc1.measure(model, models.taps(model), split, 2).values()])
+        assert values == pytest.approx([v.nc1 for v in nc1.measure(model, models.taps(model), split, 2).values()])
+
+
+def test_nc1_of_the_input_is_measured_once(tmp_path):
+    table = run(tmp_path / "run", "--no-dib")["nc1.csv"]
+    assert table["layer"].tolist().count("input") == 2  # for each set in the first epoch
+    dataset = data.load("SZT")
+    for split, row in zip((dataset.train, dataset.test), table.query("layer == 'input'").to_numpy(), strict=True):
+        expected = nc1.collapse(*split.batch(torch.arange(len(split))), 2)
+        assert row[3:].tolist() == pytest.approx(list(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [None, 100])
@@ -134,7 +146,7 @@ def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, siz
 
 def test_a_run_may_measure_the_split_without_encoder_alone(tmp_path):
     """Which does not change: from the second epoch on there is nothing to measure."""
-    assert set(run(tmp_path / "run", "--splits", "input")["dib.csv"]["epoch"]) == {1}
+    assert set(run(tmp_path / "run", "--splits", "input")["dib.csv"]["epoch"]) == {0}
 
 
 def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monkeypatch, capsys):
@@ -162,7 +174,7 @@ def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, 
 )
 def test_two_epochs_on_grey_images(tmp_path, pictures, model):
     tables = run(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
-    assert tables["nc1.csv"]["layer"].nunique() == len(models.taps(models.build(model, (1, 28, 28), 10))) - 3 * (
+    assert tables["nc1.csv"]["layer"].nunique() == 1 + len(models.taps(models.build(model, (1, 28, 28), 10))) - 3 * (
         model == "MLP"
     )
 

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def dense_nc1(h: Tensor, y: Tensor, C: int) -> float:
-    """tr(Sigma_W pinv(Sigma_B)) of activations h (N, d) of classes y (N,), with both matrices formed, in float64."""
+def dense_nc1(h: Tensor, y: Tensor, C: int, rtol: float | None = None) -> float:
+    """tr(Sigma_W pinv(Sigma_B)) of activations h (N, d) of classes y (N,), with both matrices formed, in float64.
+
+    rtol: singular values of M up to this share of the largest are 0; the pseudoinverse is then that of M, as Sigma_B
+    has their squares, which float64 loses below 1e-8. Without it, pinv's default for Sigma_B.
+    """
     h = h.double()
     means = torch.stack([h[y == c].mean(0) for c in range(C)])
     M = (means - h.mean(0)).T  # (d, C)
     within = h - means[y]  # (N, d)
     Sigma_B, Sigma_W = M @ M.T / C, within.T @ within / len(h)
-    return torch.trace(Sigma_W @ torch.linalg.pinv(Sigma_B, hermitian=True)).item()
+    if rtol is None:
+        inverse = torch.linalg.pinv(Sigma_B, hermitian=True)
+    else:
+        inverse = C * torch.linalg.pinv(M.T, rtol=rtol) @ torch.linalg.pinv(M, rtol=rtol)
+    return torch.trace(Sigma_W @ inverse).item()
 
 
 class Alone:
