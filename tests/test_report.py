@@ -19,7 +19,7 @@ LAYERS = ["hidden1", "hidden2", "hidden10"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds of a small network, of whose inputs one set has rank 0, one with a long name, and one that is as deep as they come."""
+    """Two seeds of a small network (inputs of rank 0 on the training set), a long name, one as deep as they come."""
     folder = tmp_path_factory.mktemp("<b>&amp;")
     deep = measured(folder / "deep", [f"block{i}" for i in range(1, 20)], model="ConvNeXt", data="CIFAR10")
     long = measured(
