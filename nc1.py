@@ -60,7 +60,7 @@ def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
     """NC1 of activations h (N, d), floating-point, of classes y (N,) in 0 .. C - 1, each with a sample."""
     (N, d), C = h.shape, num_classes
     counts = torch.bincount(y, minlength=C).double()  # n_c
-    means = torch.zeros(C, d, dtype=torch.float64).index_add_(0, y, h.double()) / counts[:, None]  # mu_c
+    means = h.new_zeros(C, d, dtype=torch.float64).index_add_(0, y, h.double()) / counts[:, None]  # mu_c
     P, kept, dropped = projection(means, counts, torch.finfo(h.dtype).eps)  # (r, d)
     total = (P @ (h.double() - means[y]).T).square().sum()  # (r, N)
     return Collapse(d, len(P), C / N * total.item() if len(P) else float("nan"), kept, dropped)

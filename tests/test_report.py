@@ -19,7 +19,7 @@ LAYERS = ["hidden1", "hidden2", "hidden10"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds of a small network, one with a long name, and one that is as deep as they come."""
+    """Two seeds of a small network (inputs of rank 0 on the training set), a long name, one as deep as they come."""
     folder = tmp_path_factory.mktemp("<b>&amp;")
     deep = measured(folder / "deep", [f"block{i}" for i in range(1, 20)], model="ConvNeXt", data="CIFAR10")
     long = measured(
@@ -28,7 +28,11 @@ def runs(tmp_path_factory):
         factors=(1, 2, 4),
         optimizer="Adam, and a word or two about its flags, of which it has few",
     )
-    return [*(measured(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)), long, deep]
+    seeds = [measured(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
+    for run in seeds:
+        text = (run / "nc1.csv").read_text()
+        (run / "nc1.csv").write_text(re.sub("(train,input,12),.*", r"\1,0,nan,nan,nan", text))
+    return [*seeds, long, deep]
 
 
 @pytest.fixture(scope="module")
