@@ -143,10 +143,7 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
 def draw_depth(fig: Figure, groups: list[Group]) -> None:
     for part, group in rows(fig, groups):
         axes = panels(part, group, sharey=True)[0]
-        table = group.tables["nc1"]
-        depths = {layer: depth for depth, layer in enumerate([INPUT, *group.layers])}
-        depths = {layer: depth for layer, depth in depths.items() if layer in set(table["layer"])}
-        table, shown = table.assign(depth=table["layer"].map(depths)), group.shown("nc1")
+        table, shown = by_depth(group), group.shown("nc1")
         layers, star = table[table["layer"] != INPUT], style.INPUT | {"marker": "*", "markersize": 7}
         for each, axis in zip(group.sets, axes, strict=True):
             depth_points(axis, table[(table["set"] == each) & (table["layer"] == INPUT)], star)
@@ -159,8 +156,9 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
                 fits += depth_line(axis, its, each, look)
             axes[0].plot([], [], linestyle="", label="\n".join([f"epoch {epoch}", *fits]), **look)
         say_short(axes[0], table[(table["layer"] == INPUT) | table["epoch"].isin(shown)], ",\nnot in the line")
+        ticks = table.drop_duplicates("depth")
         for axis in axes:
-            axis.set_xticks(list(depths.values()), list(depths), rotation=0 if len(depths) <= 4 else 90)
+            axis.set_xticks(ticks["depth"], ticks["layer"], rotation=0 if len(ticks) <= 4 else 90)
         logarithmic(axes[0], table["nc1"])
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nchange per layer,\ncorrelation")
@@ -178,22 +176,65 @@ def depth_points(axis: Axes, nc1: pd.DataFrame, look: dict) -> None:
 
 
 def depth_line(axis: Axes, nc1: pd.DataFrame, each: str, look: dict) -> list[str]:
-    """The mean of the lines fitted to the seeds, through layers of full rank, which is said if there are any."""
-    usable = nc1[nc1["nc1"].between(0, np.inf, inclusive="neither") & ~nc1["short"]]
-    fits = [fit(its["depth"], np.log(its["nc1"])) for _, its in usable.groupby("seed") if len(its) > 2]
-    if not fits:
+    """The mean of the lines fitted to the seeds, which is said if there are any."""
+    lines = fits(nc1)
+    if lines.empty:
         return []
-    slopes, starts, correlations = np.transpose(fits)
-    depth = usable["depth"].drop_duplicates().sort_values()
-    axis.plot(depth, np.exp(starts.mean() + slopes.mean() * depth), color=look["color"], linewidth=1, linestyle="--")
-    spread = f" ± {np.exp(slopes).std(ddof=1):.2f}" if len(fits) > 1 else ""
-    return [f"  {each} ×{np.exp(slopes.mean()):.2f}{spread}, {correlations.mean():.2f}"]
+    depth = nc1.loc[in_line(nc1), "depth"].drop_duplicates().sort_values()
+    fitted = np.exp(lines["start"].mean() + lines["slope"].mean() * depth)
+    axis.plot(depth, fitted, color=look["color"], linewidth=1, linestyle="--")
+    spread = f" ± {np.exp(lines['slope']).std():.2f}" if len(lines) > 1 else ""
+    return [f"  {each} ×{np.exp(lines['slope'].mean()):.2f}{spread}, {lines['correlation'].mean():.2f}"]
+
+
+def by_depth(group: Group) -> pd.DataFrame:
+    """NC1 with a column depth: 0 is the input, and every layer counts, also those where NC1 is not measured."""
+    depths = {layer: depth for depth, layer in enumerate([INPUT, *group.layers])}
+    table = group.tables["nc1"]
+    return table.assign(depth=table["layer"].map(depths))
+
+
+def in_line(nc1: pd.DataFrame) -> pd.Series:
+    """Which rows the line of log NC1 by depth goes through: of layers of full rank, the input not being one."""
+    return nc1["nc1"].between(0, np.inf, inclusive="neither") & ~nc1["short"] & (nc1["layer"] != INPUT)
+
+
+def fits(nc1: pd.DataFrame) -> pd.DataFrame:
+    """The least-squares line of log NC1 by depth of each seed, set and epoch: columns slope, start, correlation."""
+    found = [
+        (*keys, *fit(its["depth"], np.log(its["nc1"])))
+        for keys, its in nc1[in_line(nc1)].groupby(["seed", "set", "epoch"])
+        if len(its) > 2
+    ]
+    return pd.DataFrame(found, columns=["seed", "set", "epoch", "slope", "start", "correlation"])
 
 
 def fit(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
     """Slope, intercept and correlation of the least-squares line; the correlation is NaN where y is constant."""
     slope, start = np.polyfit(x, y, 1)
     return slope, start, slope * x.std() / (y.std() or np.nan)
+
+
+def has_law(group: Group) -> bool:
+    return len(fits(by_depth(group))["epoch"].unique()) > 1
+
+
+def draw_law(fig: Figure, groups: list[Group]) -> None:
+    """Slope and correlation of the fitted lines by epoch."""
+    for part, group in rows(fig, groups):
+        axes, lines = part.subplots(1, 2), fits(by_depth(group))
+        for values, axis in zip(("slope", "correlation"), axes, strict=True):
+            for each, look in style.colours(group.sets).items():
+                line = over_seeds(lines[lines["set"] == each], ["epoch"], values).set_index("epoch")
+                curve(axis, line, each, style.DASHES[each], look)
+            style.epoch_axis(axis, group.uneven)
+            style.zero(axis)
+            axis.set_xlabel("epoch")
+        axes[0].set_ylabel("slope of log NC1, per layer")
+        axes[1].set_ylabel("correlation of log NC1 with depth")
+        axes[1].set_ylim(-1.05, 1.05)
+        style.legend(part, axes[0], group.seeds(MEAN_SD))
+    same_scale(fig, groups, "y")
 
 
 def draw_information(fig: Figure, groups: list[Group]) -> None:

@@ -82,6 +82,18 @@ KINDS = {
         has=measured("nc1"),
         height=3.8,
     ),
+    "law": Kind(
+        title="The law of data separation over epochs",
+        caption=(
+            "The lines of the figure by depth, one for each epoch: the slope of the logarithm of NC1, of which -0.7 "
+            "halves it from a layer to the next, and its correlation with depth. Where the correlation comes to -1, "
+            "every layer does an equal share; the law is a matter of training if it is not there in epoch 0. Layers of "
+            "short rank and the input are not in the lines. The band is the standard deviation over seeds."
+        ),
+        draw=figures.draw_law,
+        has=figures.has_law,
+        height=3.4,
+    ),
     "information": Kind(
         title="Decodable information",
         caption=(

@@ -220,6 +220,27 @@ def test_depth_where_nothing_changes_has_no_correlation():
     assert np.isnan(correlation)
 
 
+def test_the_law_over_epochs_is_that_of_the_lines_by_depth(tmp_path):
+    """NC1 halves from layer to layer, in one seed from the second epoch on, before it doubles."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
+    text = (runs[1] / "nc1.csv").read_text().splitlines()
+    for row, line_ in enumerate(text):
+        if line_.startswith("1,train,hidden"):
+            cells = line_.split(",")
+            text[row] = ",".join([*cells[:5], str(2.0 ** int(cells[2][-1])), *cells[6:]])
+    (runs[1] / "nc1.csv").write_text("\n".join(text) + "\n")
+    figure = gallery.figure("law", groups(runs))
+    slopes, correlations = axes(figure)
+    assert line(slopes, "train").get_ydata() == pytest.approx(np.log(2) * np.array([0, -1, -1]), abs=1e-9)
+    assert line(slopes, "test").get_ydata() == pytest.approx([-np.log(2)] * 3)
+    assert line(correlations, "train").get_ydata() == pytest.approx([0, -1, -1], abs=1e-9)
+    assert line(correlations, "test").get_ydata() == pytest.approx([-1] * 3)
+    (band,) = (each for each in slopes.collections if each.get_paths()[0].vertices[:, 1].max() > 0.9)
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(np.log(2) * 2**0.5)  # the deviation of two seeds
+    few = measured(tmp_path / "few", LAYERS[:2])
+    assert "law" not in gallery.names(groups([few]))  # a line through two layers says nothing
+
+
 def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
     runs = [
         measured(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)
