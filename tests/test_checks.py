@@ -163,8 +163,8 @@ class Views(Toy):
 
 
 def in_place() -> nn.Sequential:
-    relu = partial(nn.ReLU, inplace=True)
-    return network(relu(), nn.Linear(6, 6), nn.Identity(), relu(), nn.Linear(6, 6), relu(), nn.Linear(6, 3))
+    elu = partial(nn.ELU, inplace=True)
+    return network(elu(), nn.Linear(6, 6), nn.Identity(), elu(), nn.Linear(6, 6), elu(), nn.Linear(6, 3))
 
 
 @RECIPES
