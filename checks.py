@@ -20,7 +20,7 @@ def blocks(network: object, what: str) -> nn.Sequential:
     if not isinstance(network, nn.Sequential):
         got = type(network).__name__
         raise ValueError(f"DIB: {what} must be an nn.Sequential, so that [:k] is an encoder, got {got}")
-    if type(network).forward is not nn.Sequential.forward or {"forward"} & vars(network).keys():
+    if type(network).forward is not nn.Sequential.forward or "forward" in vars(network):
         raise ValueError(f"DIB: {what} has a forward of its own, which its slices would not follow")
     if network._forward_hooks or network._forward_pre_hooks:
         raise ValueError(f"DIB: {what} has a hook, which its slices would not have: hook its blocks, or remove it")
@@ -106,11 +106,8 @@ def sized(t: Tensor | None) -> str:
 def network(model: nn.Sequential, made: nn.Sequential, splits: list[int], x: Tensor, num_classes: int) -> None:
     """Refuse a model that gives no encodings or logits for the inputs x, or gives a sample other ones in other batches
     or at another time, and a network made by fresh() that is another function of its weights; both in eval mode."""
-    z = out = x
-    since, names = (
-        0,
-        list(model._modules),
-    )  # z is what goes into block `since`: what goes into the next may be no tensor
+    names, out = list(model._modules), x
+    z, since = x, 0  # what goes into block `since`; between it and block k may be what is no tensor
     for k, name in enumerate(names):
         if k in splits and since < k:
             gives = f"block {names[k - 1]!r} gives {described(out)}"

@@ -19,6 +19,8 @@ H_V is not known, but no decoder's loss is below it. A head, a copy of D initial
 2. So is the network's own decoder, for the original labels.
 3. So is a constant, where the last layer is linear and has a bias; without one, the uniform distribution.
 
+1 and 2 want a decoder whose frozen parameters, as constructed, are the network's own.
+
 measure gives losses and bounds; whoever draws them (analysis/tables.py) takes the differences and their means.
 """
 
