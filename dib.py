@@ -19,13 +19,14 @@ H_V is not known, but no decoder's loss is below it. A head, a copy of D initial
 2. So is the network's own decoder, for the original labels.
 3. So is a constant, where the last layer is linear and has a bias; without one, the uniform distribution.
 
+1 and 2 want a decoder whose frozen parameters, as constructed, are the network's own.
+
 measure gives losses and bounds; whoever draws them (analysis/tables.py) takes the differences and their means.
 """
 
-import copy
 import hashlib
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import inf, isfinite, log, nan
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checks
 import devices
 import heads
 import ranks
@@ -56,6 +58,7 @@ def measure(model: nn.Sequential, k: int, samples, *rest, **options) -> list[Hea
 
 
 @devices.exact_float32()
+@torch.inference_mode(False)  # heads are trained: gradients are on, whatever the caller has switched off
 def measure_splits(
     model: nn.Sequential,
     ks: Iterable[int],
@@ -71,27 +74,34 @@ def measure_splits(
 ) -> dict[int, list[Head]]:
     """{k: the heads of the split at k}: for the original labels first, then for every digit of every enumeration.
 
-    samples: len(), .labels (N,) int64, .batch(indices) -> (inputs, labels). fresh builds the whole model anew, exactly
-    as at construction, from torch's global generators. recipe: how heads are trained, by default Tuned with the steps
-    of 30 epochs. labelings counts the enumerations of each class: the first in data order, the others in random orders
-    that depend on seed alone. Heads draw their weights by seed, model_epoch, k and their labeling, their batches, the
-    same for all, by seed and model_epoch. On CUDA fresh() is called with that device as torch's default, so weights are
-    drawn there, others than on a CPU, and heads may take their steps in bfloat16 (heads.BFLOAT16_ON). batch_size is
-    that of training and of every pass. keep_bytes bounds the encodings that are kept; beyond it they are computed again
-    at every step. Processes that torchrun started share the heads, and must all call.
-    The model, its modes and gradients and all global random states are left as they were.
-    Raises ValueError for labelings below 1, a k that leaves no decoder to train, outputs that are not finite, frozen
-    parameters that differ from those of fresh(), and what relabel refuses.
+    samples: len(), .labels (N,) of integers, .batch(indices) -> (inputs, labels), the same each time. fresh builds the
+    whole model anew, exactly as at construction, from torch's global generators; heads of less than float32 are made
+    float32. recipe: how heads are trained, by default Tuned with the steps of 30 epochs. labelings counts the
+    enumerations of each class: the first in data order, the others in random orders that depend on seed alone. Heads
+    draw their weights by seed, model_epoch, k and their labeling, their batches, the same for all, by seed and
+    model_epoch. On CUDA fresh() is called with that device as torch's default, so weights are drawn there, others than
+    on a CPU, and heads may take their steps in bfloat16 (heads.BFLOAT16_ON). batch_size is that of training and of
+    every pass. keep_bytes bounds the encodings that are kept; beyond it they are computed again at every step.
+    Processes that torchrun started share the heads, and must all call.
+    A decoder with nothing to train is measured as it is. The model, its modes and gradients and all global random
+    states are left as they were, and autocast, no_grad and inference_mode around the call change nothing.
+    Raises ValueError for labelings below 1, a k that leaves no decoder, encodings or outputs that are not finite, what
+    relabel refuses, and networks, samples and constructors that checks.py refuses.
     """
     if labelings < 1:
         raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
-    splits = sorted(set(ks))
-    for k in splits:
-        if not 0 <= k < len(model):
-            raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k}")
-    keys, targets = label(samples.labels, num_classes, labelings, seed)
-    device = samples.labels.device
+    checks.function(fresh)
+    model = checks.blocks(model, "the model")
+    splits = checks.splits(ks, model)
+    if not splits:
+        return {}
+    labels = checks.labels(samples)
+    keys, targets = label(labels, num_classes, labelings, seed)
+    device = labels.device
     cuda = [device] if device.type == "cuda" else []
+
+    def inputs(indices: Tensor) -> Tensor:
+        return samples.batch(indices)[0].clone()  # the samples' own, perhaps, and the first layer may work in place
 
     def seeded(*words: object) -> torch.Generator:
         number = stream(*words, seed, model_epoch)
@@ -103,36 +113,38 @@ def measure_splits(
     def new_head(k: int, *which: object) -> nn.Sequential:
         seeded(*which, k)
         with device if cuda else nullcontext():  # made on a CPU and copied, heads cost minutes a run
-            return fresh()[k:].to(device)
+            head = checks.blocks(fresh(), "what fresh() makes")[k:].to(device)
+        halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters())
+        return head.float() if halves else head
 
-    own = own_loss(model, samples, batch_size)
-    if not isfinite(own):
-        raise ValueError("DIB: the outputs of the model are not finite on these samples")
-    recipe = recipe or heads.Tuned(heads.steps(30, len(samples)))
+    recipe = recipe or heads.Tuned(heads.steps(30, len(labels)))
     current = torch.cuda.device(device) if cuda else nullcontext()  # where CUDA's generator is seeded
-    with current, torch.random.fork_rng(devices=cuda):
-        reference = new_head(0, "reference")
-        refuse_decoders(model, reference, splits)
-        losses = heads.find(
-            model, splits, samples, targets, reference, new_head, seeded, recipe, batch_size, keep_bytes
-        )
+    untouched = torch.random.fork_rng(devices=cuda)
+    with current, untouched, torch.autocast(device.type, enabled=False), evaluated(model):
+        x = checks.inputs(samples, labels)
+        reference = new_head(0, "reference").eval()
+        checks.constructor(model, reference, new_head(0, "again"), splits[0])
+        checks.network(model, reference, splits, x, num_classes)
+        own = own_loss(model, splits, inputs, labels, batch_size)
+        losses = heads.find(model, splits, inputs, targets, reference, new_head, seeded, recipe, batch_size, keep_bytes)
     entropies = [entropy(target, num_classes) for target in targets]
-    bounds = bound(reference, splits, losses.tolist(), entropies, own)
+    bounds = bound(model, reference, splits, losses.tolist(), entropies, own)
     return {
         k: [Head(*key, *rest) for key, *rest in zip(keys, entropies, of_split, bounds[k], strict=True)]
         for k, of_split in zip(splits, losses.tolist(), strict=True)
     }
 
 
-def refuse_decoders(model: nn.Sequential, reference: nn.Sequential, splits: list[int]) -> None:
-    """ValueError where there is nothing to train, or decoders as constructed are not those of this model."""
-    for k in splits:
-        if not any(p.requires_grad for p in reference[k:].parameters()):
-            raise ValueError(f"DIB: the decoder model[{k}:] has no parameters to train")
-    own = dict(model[splits[0] :].named_parameters())
-    for name, p in reference[splits[0] :].named_parameters():
-        if not p.requires_grad and not torch.equal(p, own[name]):
-            raise ValueError(f"DIB: fresh() gives the frozen parameter {name} other values than the model has")
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards in the modes it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def label(labels: Tensor, num_classes: int, labelings: int, seed: int) -> tuple[list[tuple[int, int | str]], Tensor]:
@@ -155,19 +167,27 @@ def entropy(labels: Tensor, num_classes: int) -> float:
 
 
 def bound(
-    reference: nn.Sequential, splits: list[int], losses: list[list[float]], entropies: list[float], own_loss: float
+    model: nn.Sequential,
+    reference: nn.Sequential,
+    splits: list[int],
+    losses: list[list[float]],
+    entropies: list[float],
+    own_loss: float,
 ) -> dict[int, list[float]]:
     """{k: the least that is known of H_V of each labeling}, from the losses of all splits, in nats.
 
     reference: a model as constructed. The labelings are those of the losses, the original labels first. own_loss is
     that of the network itself.
     """
-    bounds, deeper, after = {}, [inf] * len(entropies), None
+    bounds, unknown, after = {}, [inf] * len(entropies), None
+    deeper = unknown
     for k, of_split in zip(reversed(splits), reversed(losses), strict=True):
         if after and shared(reference[k:after], reference[after:]):  # parameters: such layers cannot stay as they are
-            deeper = [inf] * len(entropies)
-        constants = [constant_loss(reference[k:], H) for H in entropies]
-        known = [of_split, deeper, constants, [own_loss] + [inf] * (len(entropies) - 1)]
+            deeper = unknown
+        constants, own = [constant_loss(reference[k:], H) for H in entropies], [own_loss, *unknown[1:]]
+        if not same_frozen(model[k:], reference[k:]):  # neither the model's layers nor its decoder are in V
+            deeper = own = unknown
+        known = [of_split, deeper, constants, own]
         bounds[k] = deeper = [min(filter(isfinite, values), default=nan) for values in zip(*known, strict=True)]
         after = k
     return bounds
@@ -187,21 +207,39 @@ def beaten(measured: Iterable[Head]) -> float:
     return sum(above) / len(above)
 
 
+def same_frozen(own: nn.Module, constructed: nn.Module) -> bool:
+    """Whether all parameters that are frozen as constructed have the model's own values."""
+    values = dict(own.named_parameters())
+    return all(p.requires_grad or torch.equal(p, values[name].to(p)) for name, p in constructed.named_parameters())
+
+
 def shared(first: nn.Module, second: nn.Module) -> bool:
     """Whether any parameter is in both."""
     return not set(first.parameters()).isdisjoint(second.parameters())
 
 
 @torch.no_grad()
-def own_loss(model: nn.Sequential, samples, batch_size: int) -> float:
-    """The mean cross-entropy of the model itself over the samples, in eval mode, nats."""
-    model = copy.deepcopy(model).eval()
-    total = torch.zeros((), dtype=torch.float64, device=samples.labels.device)
-    for indices in ranks.share(torch.arange(len(samples), device=total.device).split(batch_size)):
-        x, y = samples.batch(indices)
-        total += F.cross_entropy(model(x), y, reduction="sum")
-    ranks.add_up(total)
-    return total.item() / len(samples)
+def own_loss(model: nn.Sequential, splits: list[int], inputs: heads.Encoder, labels: Tensor, batch_size: int) -> float:
+    """The mean cross-entropy of the model itself, in eval mode, nats.
+
+    Raises ValueError where the encodings of a split or the outputs are not finite.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=labels.device)
+    infinite = torch.zeros(len(model), dtype=torch.int64, device=labels.device)  # batches, of each block's inputs
+    for indices in ranks.share(torch.arange(len(labels), device=labels.device).split(batch_size)):
+        z = inputs(indices)
+        for k, block in enumerate(model):
+            if k in splits:
+                infinite[k] += ~z.isfinite().all()
+            z = block(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        total += F.cross_entropy(z, labels[indices], reduction="sum")
+    ranks.add_up(total, infinite)
+    if infinite.any():
+        raise ValueError(f"DIB: the encodings of split {infinite.nonzero()[0].item()} are not finite on these samples")
+    if not total.isfinite():
+        raise ValueError("DIB: the outputs of the model are not finite on these samples")
+    return total.item() / len(labels)
 
 
 def stream(*words: object) -> int:

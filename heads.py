@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from math import ceil, log
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models.convnext import LayerNorm2d
 from tqdm import tqdm
 
@@ -44,7 +45,8 @@ def steps(epochs: int, N: int) -> int:
 
 def kind(module: nn.Module) -> type | None:
     """The type of a module that does what its type does; none, if a hook or a forward of its own makes it another."""
-    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    own = any(hooks) or "forward" in vars(module) or _has_any_global_hook()
     return None if own else type(module)
 
 
@@ -58,6 +60,11 @@ def flattens(layer: nn.Module) -> bool:
     return kind(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
+def trains(decoder: nn.Module) -> bool:
+    """Whether there is anything to train."""
+    return any(p.requires_grad for p in decoder.parameters())
+
+
 def repeats(decoder: nn.Module) -> bool:
     """Whether any parameter of the decoder is in two places."""
     places = [p for _, p in decoder.named_parameters(remove_duplicate=False)]
@@ -67,7 +74,7 @@ def repeats(decoder: nn.Module) -> bool:
 def find(
     model: nn.Sequential,
     splits: list[int],
-    samples,
+    inputs: Encoder,
     targets: Tensor,
     reference: nn.Sequential,
     new_head: Callable[..., nn.Sequential],
@@ -78,34 +85,40 @@ def find(
 ) -> Tensor:
     """The losses that heads of every split reach for each of the targets (J, N): (splits, J) float64, in nats.
 
-    reference: a model as constructed: how decoders are made, and how large their parameters are. new_head(k, *which)
-    constructs a decoder of split k. seeded(*words) seeds torch's global generators, and returns one of its own.
-    Processes that torchrun started share the heads, and must all call.
+    inputs: indices (B,) -> the model's inputs (B, ...). reference: a model as constructed: how decoders are made, and
+    how large their parameters are. Both models are in eval mode. new_head(k, *which) constructs a decoder of split k.
+    seeded(*words) seeds torch's global generators, and returns one of its own. Processes that torchrun started share
+    the heads, and must all call.
     """
     batches = torch.arange(targets.shape[1], device=targets.device).split(batch_size)
     sizes = parameter_sizes(reference)
     optimal = {k for k in splits if recipe.optimal and optimum_fits(reference[k:], targets.shape[1])}
-    here = heads_here(reference, splits, len(targets), samples.batch(batches[0][:1])[0])
+    here = heads_here(reference, splits, len(targets), in_dtype_of(reference, inputs)(batches[0][:1]))
     losses = torch.zeros(len(splits), len(targets), dtype=torch.float64, device=targets.device)
-    encode, depth = lambda indices: samples.batch(indices)[0], 0
+    encode, depth = inputs, 0
     for group in groups(reference, sorted({k for k, _ in here}), optimal):
         encoders = {}
+        if group[0] < depth:  # plain splits before and after one that is not
+            encode, depth = inputs, 0
         for k in group:  # each encoder goes on from the encodings of the split before
             encode, depth = encoder(model[depth:k], encode, batches, keep_bytes // len(group)), k
-            encoders[k] = encode
+            encoders[k] = in_dtype_of(reference[k:], encode)
         members = [(k, j) for k, j in here if k in group]
         if group[0] in optimal:
-            found = optima(reference[group[0] :], encode, batches, targets[[j for _, j in members]])
+            found = optima(reference[group[0] :], encoders[group[0]], batches, targets[[j for _, j in members]])
         else:
-            heads, learns = {k: [] for k in group}, {k: [] for k in group}
+            made, learns = {k: [] for k in group}, {k: [] for k in group}
             for k, j in members:
                 starts = range(recipe.starts(reference[k:]))
-                heads[k] += [new_head(k, "head", j, start) for start in starts]
+                made[k] += [new_head(k, "head", j, start) for start in starts]
                 learns[k] += [j for _ in starts]
             if recipe.standardised:
                 encoders = {k: standardised(reference[k:], encoders[k], batches) for k in group}
-            bundle = Bundle(heads, encoders, targets, learns, recipe.bfloat16)
-            found = recipe.train(bundle, sizes, batch_size, seeded("batches"))
+            bundle = Bundle(made, encoders, targets, learns, recipe.bfloat16)
+            if trains(reference[group[0] :]):
+                found = recipe.train(bundle, sizes, batch_size, seeded("batches"))
+            else:  # a fixed classifier is what it is
+                found = bundle.exact_losses(batch_size)
         for (k, j), loss in zip(members, found, strict=True):
             losses[splits.index(k), j] = loss
     ranks.add_up(losses)
@@ -148,7 +161,7 @@ class Bundle:
         self.learns = torch.tensor([j for k in heads for j in learns[k]], device=targets.device)  # (H,)
         self.plain = is_plain(self.modules()[0])
         self.stacks = stack_parameters(self.modules()) if self.plain else {}
-        self.autocast = autocast(bfloat16, next(self.modules()[0].parameters()))
+        self.autocast = autocast(bfloat16, self.modules()[0])
         self.draws: bool | None = None  # whether the heads draw random numbers: known from the first step on
 
     def modules(self) -> list[nn.Sequential]:
@@ -178,9 +191,10 @@ class Bundle:
             self.draws = not self.plain and draws(self.modules()[0], *(e(indices) for e in self.encoders.values()))
         with self.autocast():
             losses = self.losses(indices)
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
+        if losses.requires_grad:  # else no weight has a say in them
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
         return losses.detach()
 
     def keep(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -383,9 +397,19 @@ def standardised(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor,
     return lambda indices: torch.addcmul(shift, encode(indices), scale)
 
 
+def in_dtype_of(decoder: nn.Sequential, encode: Encoder) -> Encoder:
+    """The encodings in the dtype of the decoder, which is not that of a model in half precision."""
+    dtype = next((p.dtype for p in decoder.parameters()), None)
+
+    def converted(indices: Tensor) -> Tensor:
+        z = encode(indices)
+        return z.to(dtype or torch.promote_types(z.dtype, torch.float32)) if z.is_floating_point() else z
+
+    return converted
+
+
 def encoder(blocks: nn.Sequential, source: Encoder, batches: tuple[Tensor, ...], keep_bytes: int) -> Encoder:
     """indices (B,) -> blocks(source(indices)), (B, ...): computed once for all batches if that fits keep_bytes."""
-    blocks = copy.deepcopy(blocks).eval()  # a copy: the model's own modes stay as they are
 
     @torch.no_grad()
     def encode(indices: Tensor) -> Tensor:
@@ -402,13 +426,14 @@ def encoder(blocks: nn.Sequential, source: Encoder, batches: tuple[Tensor, ...],
 
 
 def is_plain(decoder: nn.Sequential) -> bool:
-    """Whether stacked can run the decoder: linear layers and elementwise functions one after another, each once."""
+    """Whether stacked can train the decoder: linear layers and elementwise functions one after another, each once."""
     layers = leaves(decoder)
     layers = layers[flattens(layers[0]) :]
-    if layers and getattr(layers[0], "inplace", False):  # it would work on what all heads share
-        return False
+    for layer in takewhile(lambda layer: kind(layer) is not nn.Linear, layers):
+        if getattr(layer, "inplace", False):  # it would work on what all heads share
+            return False
     once = len(set(layers)) == len(layers) and not repeats(decoder)
-    return once and all(kind(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
+    return once and trains(decoder) and all(kind(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
 
 
 def stack_parameters(heads: list[nn.Sequential]) -> dict[str, Tensor]:
@@ -439,11 +464,12 @@ def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], en
     return z
 
 
-def autocast(bfloat16: bool, parameter: Tensor) -> Callable:
-    """The context of a training step of heads with such parameters: bfloat16 where that is wanted and to be had."""
-    device = parameter.device.type
-    lower = bfloat16 and parameter.dtype == torch.float32 and device in BFLOAT16_ON and BFLOAT16_ON[device]()
-    return partial(torch.autocast, device, torch.bfloat16) if lower else nullcontext
+def autocast(bfloat16: bool, head: nn.Sequential) -> Callable:
+    """The context of a training step of such heads: bfloat16 where that is wanted and to be had."""
+    p = next(head.parameters(), None)
+    if not bfloat16 or p is None or p.dtype != torch.float32 or not BFLOAT16_ON.get(p.device.type, lambda: False)():
+        return nullcontext
+    return partial(torch.autocast, p.device.type, torch.bfloat16)
 
 
 def draws(head: nn.Sequential, x: Tensor) -> bool:
@@ -580,22 +606,22 @@ def whitened(z: Tensor, centred: bool) -> Tensor:
 def costs(model: nn.Sequential, ks: list[int], x: Tensor) -> dict[int, float]:
     """An estimate, without unit, of what a head of each split costs, from the inputs x (1, ...) of one sample.
 
-    The numbers that its layers read and write, which is what small layers cost, and their multiply-adds, of which a
-    processor does some forty while it fetches a number.
+    The model is in eval mode. The numbers that its layers read and write, which is what small layers cost, and their
+    multiply-adds, of which a processor does some forty while it fetches a number.
     """
     of_block = []
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        read, written = (sum(t.numel() for t in those if isinstance(t, Tensor)) for those in (inputs, (output,)))
         weight = getattr(module, "weight", None)
-        products = weight.numel() / len(weight) * output.numel() if weight is not None else 0
-        of_block[-1] += inputs[0].numel() + output.numel() + products / 40
+        products = weight.numel() / len(weight) * written if isinstance(weight, Tensor) else 0
+        of_block[-1] += read + written + products / 40
 
-    blocks = copy.deepcopy(model).eval()
-    for module in blocks.modules():
-        if not list(module.children()):
-            module.register_forward_hook(hook)
+    handles = [m.register_forward_hook(hook) for m in model.modules() if not list(m.children())]
     with torch.no_grad():
-        for block in blocks:
+        for block in model:
             of_block.append(0.0)
             x = block(x)
+    for handle in handles:
+        handle.remove()
     return {k: sum(of_block[k:]) for k in ks}

@@ -6,8 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from data import images, szt
+from data import images, reading, szt
 from data.stratify import choose_evenly
 
 SOURCES: dict[str, Callable[[str, bool], tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {
@@ -17,18 +19,39 @@ SOURCES: dict[str, Callable[[str, bool], tuple[Tensor, Tensor, Tensor, Tensor, i
 
 
 class Split:
-    """Inputs (N, ...), kept as they come (uint8 or float32), and labels (N,) int64, on one device."""
+    """Inputs (N, ...), kept as they come, and labels (N,), as int64, on one device.
 
-    def __init__(self, inputs: Tensor, labels: Tensor, mean: Tensor, std: Tensor):
-        self.inputs, self.labels, self.mean, self.std = inputs, labels, mean, std
+    mean, std: of uint8 images, (channels, 1, 1), which batch then normalises; without them it gives inputs as they are.
+    Raises ValueError for labels that are not one integer for each input.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, mean: Tensor | None = None, std: Tensor | None = None):
+        for what, tensor in (("inputs", inputs), ("labels", labels)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{what} must be a tensor, got {type(tensor).__name__}")
+        integer = not labels.is_floating_point() and not labels.is_complex()
+        if not integer or labels.dim() != 1 or labels.shape != inputs.shape[:1] or not len(labels):
+            given = f"inputs {tuple(inputs.shape)} and {labels.dtype} labels {tuple(labels.shape)}"
+            raise ValueError(f"labels must be integers (N,), one for each of N inputs, at least one, got {given}")
+        if labels.device != inputs.device:
+            raise ValueError(f"inputs are on {inputs.device} and labels on {labels.device}: expected one device")
+        self.inputs, self.labels, self.mean, self.std = inputs, labels.long(), mean, std
+
+    @classmethod
+    def of(cls, source: TorchDataset | DataLoader, device: torch.device | str = "cpu") -> "Split":
+        """All samples of a torch Dataset or DataLoader, read once and put on the device: what it draws is drawn once.
+
+        Raises ValueError for samples that are no (input, label), that differ in shape, or do not fit in memory.
+        """
+        return cls(*reading.collect(source, device))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs as float32, normalised if they are images, and the labels of the samples named by indices."""
+        """The inputs, images as normalised float32, and the labels of the samples named by indices."""
         x = self.inputs[indices]
-        if not x.is_floating_point():
+        if self.mean is not None and not x.is_floating_point():
             x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return x, self.labels[indices]
 

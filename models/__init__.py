@@ -24,7 +24,7 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int, **options) 
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(ARCHITECTURES)}")
-    if name != "MLP" and len(input_shape) != 3:
+    if name in ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet") and len(input_shape) != 3:
         size = " x ".join(map(str, input_shape))
         raise ValueError(f"{name} convolves images, channels x height x width, and these inputs are {size}: use MLP")
     return ARCHITECTURES[name](input_shape, num_classes, **options)

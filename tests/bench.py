@@ -574,6 +574,9 @@ def few(
 ) -> torch.Tensor:
     """The losses of heads of these targets (J, N) alone, found as dib.measure_splits finds those of all labelings."""
 
+    def inputs(indices: torch.Tensor) -> torch.Tensor:
+        return split.batch(indices)[0]
+
     def seeded(*words: object) -> torch.Generator:
         number = dib.stream(*words, seed)
         torch.manual_seed(number)
@@ -584,7 +587,16 @@ def few(
         return build()[k:].to(DEVICE)
 
     (losses,) = heads.find(
-        model, [k], split, targets, new_head(0, "reference"), new_head, seeded, recipe, heads.BATCH, dib.KEEP_BYTES
+        model,
+        [k],
+        inputs,
+        targets,
+        new_head(0, "reference").eval(),
+        new_head,
+        seeded,
+        recipe,
+        heads.BATCH,
+        dib.KEEP_BYTES,
     )
     return losses
 

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import data
 from data import images, szt
@@ -157,3 +158,105 @@ def test_truncated_and_short_files(tmp_path, monkeypatch):
 def test_unknown_name():
     with pytest.raises(ValueError, match="unknown data set 'SZTT': expected one of SZT, CIFAR10"):
         data.load("SZTT")
+
+
+# Data of one's own
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, item, N: int = 300):
+        self.item, self.N = item, N
+
+    def __len__(self) -> int:
+        return self.N
+
+    def __getitem__(self, i: int):
+        return self.item(i)
+
+
+def test_a_split_of_plain_tensors():
+    x = torch.randn(9, 4)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        got, y = data.Split(x, torch.arange(9).to(dtype)).batch(torch.tensor([5, 2]))
+        assert torch.equal(got, x[[5, 2]])
+        assert (y.dtype, y.tolist()) == (torch.int64, [5, 2])
+    tokens = torch.arange(12).view(6, 2)  # without mean and std integers stay what they are
+    assert torch.equal(data.Split(tokens, torch.arange(6)).batch(torch.tensor([3]))[0], tokens[3:4])
+
+
+@pytest.mark.parametrize("label", [int, torch.tensor, np.int32, np.uint8, lambda i: i % 2 == 1])
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_split_of_a_dataset_or_a_loader(label, loader):
+    x = torch.randn(100, 3)
+    source = Items(lambda i: (x[i], label(i)), 100)
+    state = torch.get_rng_state()
+    split = data.Split.of(torch.utils.data.DataLoader(source, 30) if loader else source)
+    assert loader or torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(split.inputs, x)
+    assert split.labels.tolist() == [int(label(i)) for i in range(100)]
+    assert split.labels.dtype == torch.int64
+
+
+def test_what_a_loader_draws_is_drawn_once():
+    source = Items(lambda i: (torch.full((2,), float(i)) + torch.rand(2) / 2, i), 40)
+    split = data.Split.of(torch.utils.data.DataLoader(source, 8, shuffle=True))
+    x, y = split.batch(torch.arange(40))
+    assert sorted(y.tolist()) == list(range(40))
+    assert torch.equal(x.floor()[:, 0].long(), y)
+    assert torch.equal(split.batch(torch.arange(40))[0], x)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (lambda i: (torch.zeros(1 + i % 2), 0), "cannot be put into one tensor .*equal size"),
+        (
+            lambda i: (torch.zeros(2), torch.ones(3)),
+            r"labels must be integers \(N,\).* got .*float32 labels \(300, 3\)",
+        ),
+        (lambda i: (torch.zeros(2), torch.tensor([i])), r"labels must be integers .*int64 labels \(300, 1\)"),
+        (lambda i: (torch.zeros(2), float(i)), r"labels must be integers .*float64 labels \(300,\)"),
+        (lambda i: {"image": torch.zeros(2), "label": i}, r"must be \(input, label\), .* a batch is a dict"),
+        (lambda i: torch.zeros(2), r"must be \(input, label\), .* a batch is a Tensor"),
+        (lambda i: (torch.zeros(2), i, i), r"must be \(input, label\), .* a list of Tensor, Tensor, Tensor"),
+        (lambda i: (torch.zeros(2), "cat"), r"must be \(input, label\), .* a list of Tensor, tuple"),
+        (
+            lambda i: (torchvision.transforms.ToPILImage()(torch.zeros(1, 2, 2)), 0),
+            "transforms to tensors of one size.*PIL",
+        ),
+    ],
+    ids=["uneven", "one-hot", "column", "float", "dict", "no label", "three", "name", "PIL"],
+)
+def test_refuses_samples(item, message):
+    with pytest.raises(ValueError, match=message):
+        data.Split.of(Items(item))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (torch.zeros(3, 2), torch.arange(4), r"got inputs \(3, 2\) and torch.int64 labels \(4,\)"),
+        (torch.zeros(0, 2), torch.arange(0), "at least one"),
+        (torch.tensor(0.0), torch.tensor(0), r"got inputs \(\)"),
+        (torch.zeros(3, 2), [0, 1, 2], "labels must be a tensor, got list"),
+        (np.zeros((3, 2)), torch.arange(3), "inputs must be a tensor, got ndarray"),
+        (torch.zeros(3, 2), torch.arange(3, device="meta"), "inputs are on cpu and labels on meta"),
+    ],
+)
+def test_refuses_tensors(inputs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        data.Split(inputs, labels)
+
+
+def test_refuses_what_does_not_fit_in_memory(monkeypatch):
+    source = Items(lambda i: (torch.zeros(1000), 0))  # 300 samples, in two batches of 256
+    monkeypatch.setattr(data.reading.os, "sysconf", lambda name: 4 if "PAGES" in name else 4096)
+    with pytest.raises(ValueError, match=r"300 samples of \(1000,\) torch.float32 take 0.0041 GB .* cpu has 1.64e-05"):
+        data.Split.of(source)
+    monkeypatch.undo()
+    assert len(data.Split.of(source)) == 300
+
+
+def test_refuses_no_samples():
+    with pytest.raises(ValueError, match="no samples"):
+        data.Split.of(torch.utils.data.TensorDataset(torch.zeros(0, 2), torch.arange(0)))

@@ -1,3 +1,4 @@
+import copy
 import math
 from functools import partial
 
@@ -41,6 +42,7 @@ def toy(N: int = 90, shape: tuple[int, ...] = (6,)) -> Toy:
 @pytest.mark.parametrize(("build", "shape"), [(plain, (6,)), (convolutional, (1, 5, 5))])
 def test_splits_measured_together_are_what_each_is_alone(build, shape, recipe):
     """Their losses; what is known of H_V comes from all splits measured."""
+    torch.manual_seed(0)
     split, model = toy(shape=shape), build()
     ks = [2, 0, 1]
     together = dib.measure_splits(model, ks, split, 3, build, recipe, batch_size=40, seed=4)
@@ -159,7 +161,7 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(dib, "stream", lambda *words: streams.setdefault(words, stream(*words)))
     for model_epoch in (0, 1):
         dib.measure_splits(plain(), [1, 2], toy(), 3, plain, Tuned(8), labelings=2, model_epoch=model_epoch)
-    assert {words[0] for words in streams} == {"enumerations", "reference", "head", "batches"}
+    assert {words[0] for words in streams} == {"enumerations", "reference", "again", "head", "batches"}
     assert len(set(streams.values())) == len(streams)
     J = 1 + 2 * 4  # 28 to 81 samples of the largest class: four digits
     assert sum(words[0] == "head" for words in streams) == 2 * 2 * 8 * J  # epochs, splits, starts
@@ -194,30 +196,30 @@ def layers(bias: bool = True) -> nn.Sequential:
 def test_bounds_by_hand():
     """The original labels and a digit, of three splits."""
     losses, entropies = [[1.0, 0.5], [0.8, 0.9], [0.9, 0.7]], [1.05, 0.6]
-    assert dib.bound(layers(), [0, 1, 2], losses, entropies, own_loss=0.85) == {
+    assert dib.bound(layers(), layers(), [0, 1, 2], losses, entropies, own_loss=0.85) == {
         2: [0.85, 0.6],  # the network itself, a constant
         1: [0.8, 0.6],  # the head, a constant
         0: [0.8, 0.5],  # a block before the head of 1, the head
     }
-    assert dib.bound(layers(), [0, 2], [[1.0, 0.5], [0.8, 0.1]], entropies, own_loss=0.85) == {
+    assert dib.bound(layers(), layers(), [0, 2], [[1.0, 0.5], [0.8, 0.1]], entropies, own_loss=0.85) == {
         2: [0.8, 0.1],
         0: [0.8, 0.1],
     }
-    assert dib.bound(layers(), [1], [[1.0, 0.5]], entropies, own_loss=0.3) == {1: [0.3, 0.5]}  # y alone
+    assert dib.bound(layers(), layers(), [1], [[1.0, 0.5]], entropies, own_loss=0.3) == {1: [0.3, 0.5]}  # y alone
 
 
 def test_bounds_of_a_last_layer_without_bias():
     """Of the constants it can be the uniform distribution alone, however unbalanced the classes are."""
     losses, entropies = [[2.0, 1.5]], [0.2, 0.3]
-    without = dib.bound(layers(bias=False), [0], losses, entropies, own_loss=9.0)
+    without = dib.bound(layers(bias=False), layers(bias=False), [0], losses, entropies, own_loss=9.0)
     assert without == {0: pytest.approx([math.log(3), math.log(3)])}
-    assert dib.bound(layers(), [0], losses, entropies, own_loss=9.0) == {0: entropies}
+    assert dib.bound(layers(), layers(), [0], losses, entropies, own_loss=9.0) == {0: entropies}
 
 
 def test_a_head_that_diverged_has_a_bound():
     losses = [[math.nan, 0.5], [math.nan, 0.7]]
-    assert dib.bound(layers(), [0, 1], losses, [1.0, 1.0], own_loss=0.7) == {0: [0.7, 0.5], 1: [0.7, 0.7]}
-    assert all(map(math.isnan, dib.bound(layers().append(nn.ReLU()), [0], [[math.nan]], [1.0], math.nan)[0]))
+    assert dib.bound(layers(), layers(), [0, 1], losses, [1.0, 1.0], own_loss=0.7) == {0: [0.7, 0.5], 1: [0.7, 0.7]}
+    assert all(map(math.isnan, dib.bound(layers(), layers().append(nn.ReLU()), [0], [[math.nan]], [1.0], math.nan)[0]))
 
 
 def test_the_constants_that_a_decoder_can_be():
@@ -234,11 +236,11 @@ def test_bounds_are_not_handed_on_across_a_parameter_that_blocks_share():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU())
     losses = [[2.0, 2.5], [1.0, 0.5], [0.8, 0.9]]
     handed = {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [0.8, 0.5]}
-    assert dib.bound(model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7) == handed
+    assert dib.bound(model, model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7) == handed
     model[2].weight = model[0].weight
     assert dib.shared(model[0], model[2])
     assert not dib.shared(model[:2], model[1])
-    across = dib.bound(model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7)
+    across = dib.bound(model, model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7)
     assert across == {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [1.7, 2.5]}  # its own, and the network's
 
 
@@ -273,10 +275,9 @@ def test_own_loss_is_exact_and_of_exactly_the_samples_given():
     few = Toy(split.x[:37], split.labels[:37])
     with torch.no_grad():
         expected = [F.cross_entropy(model.eval()(s.x), s.labels).item() for s in (split, few)]
-    model.train()
     for size in (1, 7, 90):
-        assert [dib.own_loss(model, s, size) for s in (split, few)] == pytest.approx(expected, rel=1e-12)
-    assert all(m.training for m in model.modules())
+        losses = [dib.own_loss(model, [0], s.x.__getitem__, s.labels, size) for s in (split, few)]
+        assert losses == pytest.approx(expected, rel=1e-12)
 
 
 def test_how_many_heads_are_known_not_to_have_been_found():
@@ -323,20 +324,48 @@ def test_a_layer_used_twice_is_measured():
     assert all(math.isfinite(head.loss) for head in dib.measure(twice(), 1, toy(), 3, twice, Tuned(8)))
 
 
-@pytest.mark.parametrize("rest", [nn.Tanh(), nn.Flatten()])
-def test_a_decoder_without_parameters_is_refused(rest):
+@RECIPES
+def test_a_decoder_with_nothing_to_train_is_measured_as_it_is(recipe):
+    """A fixed classifier, here the same in every network: its loss is H_V."""
+    fixed = plain()[3].requires_grad_(False)
+
     def build() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(6, 3), rest).double()
+        model = plain()
+        model.classifier = copy.deepcopy(fixed)
+        return model
 
-    with pytest.raises(ValueError, match="DIB"):
-        dib.measure(build(), 1, toy(), 3, build, Tuned(8))
+    split, model = toy(), build()
+    _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
+    with torch.no_grad():
+        logits = model(split.x)
+    expected = [F.cross_entropy(logits, target).item() for target in targets]
+    found = dib.measure_splits(model, [2, 3], split, 3, build, recipe, batch_size=40)
+    assert [head.loss for head in found[3]] == pytest.approx(expected, rel=1e-9)
+    assert [head.bound for head in found[3]] == pytest.approx(expected, rel=1e-9)  # a constant is not in V
+    assert all(a.bound <= b.bound for a, b in zip(found[2], found[3], strict=True))
+    assert all(math.isfinite(head.loss) for head in found[2])
 
 
-def test_refuses_outputs_that_are_not_finite():
-    model = plain()
-    model.hidden1[0].weight.data.fill_(math.nan)
+def test_a_decoder_without_parameters_is_measured_as_it_is():
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 3), nn.Tanh()).double()
+
+    split, model = toy(), build()
+    y, *_ = dib.measure(model, 1, split, 3, build, Tuned(8))
+    assert y.loss == pytest.approx(F.cross_entropy(model(split.x), split.labels).item(), rel=1e-9)
+
+
+def test_refuses_what_is_not_finite():
+    """Of all samples: the one that is not is none of those that are looked at first."""
+    split, model = toy(), plain()
+    split.x[3] = 1e200
+    own = partial(dib.own_loss, model, inputs=split.x.__getitem__, labels=split.labels, batch_size=40)
+    assert math.isfinite(own([0, 1, 2, 3]))
+    split.x[3] = math.inf
+    with pytest.raises(ValueError, match="the encodings of split 0 are not finite"):
+        own([0, 3])
     with pytest.raises(ValueError, match="the outputs of the model are not finite"):
-        measure(toy(), model=model)
+        own([])
 
 
 def test_a_frozen_model_is_measured_with_what_fresh_trains():
@@ -347,12 +376,23 @@ def test_a_frozen_model_is_measured_with_what_fresh_trains():
     assert all(head.bound <= head.entropy for head in expected)
 
 
-def test_refuses_frozen_parameters_that_are_drawn_anew():
+def test_bounds_by_the_network_itself_want_its_frozen_parameters():
+    """Where fresh() draws others, its layers and its decoder are not in V; constants are."""
+    model, reference = layers(), layers()
+    losses, entropies = [[2.0, 1.5], [0.8, 0.9]], [1.05, 1.1]
+    assert dib.bound(model, reference, [0, 1], losses, entropies, own_loss=0.7) == {1: [0.7, 0.9], 0: [0.7, 0.9]}
+    frozen = reference[0].weight.requires_grad_(False)
+    assert dib.bound(model, reference, [0, 1], losses, entropies, own_loss=0.7) == {1: [0.7, 0.9], 0: entropies}
+    model[0].weight.data.copy_(frozen)
+    assert dib.bound(model, reference, [0, 1], losses, entropies, own_loss=0.7) == {1: [0.7, 0.9], 0: [0.7, 0.9]}
+
+
+@RECIPES
+def test_frozen_parameters_that_are_drawn_anew_are_measured(recipe):
     def build() -> nn.Sequential:
         model = plain()
         model.hidden2[0].weight.requires_grad_(False)
         return model
 
-    with pytest.raises(ValueError, match=r"fresh\(\) gives the frozen parameter hidden2.0.weight other values"):
-        dib.measure(build(), 1, toy(), 3, build, Tuned(8))
-    dib.measure(build(), 3, toy(), 3, build, Tuned(8))  # the decoder has none of them
+    found = dib.measure_splits(build(), [0, 3], toy(), 3, build, recipe)
+    assert all(head.bound == min(head.loss, head.entropy) for head in found[0])

@@ -180,6 +180,9 @@ def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> t
     split.x = (3 * split.x + 5).to(dtype)
     targets = dib.label(split.labels, 3, labelings=1, seed=0)[1][:3]
 
+    def inputs(indices: Tensor) -> Tensor:
+        return split.batch(indices)[0]
+
     def new_head(k: int, *which: object) -> nn.Sequential:
         torch.manual_seed(dib.stream(k, *which))
         return build().to(dtype)[k:]
@@ -188,7 +191,7 @@ def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> t
         torch.manual_seed(7)
         return torch.Generator().manual_seed(5)
 
-    found = heads.find(model, ks, split, targets, new_head(0, "reference"), new_head, seeded, recipe, 40, 2**30)
+    found = heads.find(model, ks, inputs, targets, new_head(0, "reference").eval(), new_head, seeded, recipe, 40, 2**30)
     sizes, alone = heads.parameter_sizes(new_head(0, "reference")), []
     for k in ks:
         with torch.no_grad():

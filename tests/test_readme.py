@@ -1,0 +1,81 @@
+"""What README says under "Your own network" is done as it is written there."""
+
+import csv
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECTION = (ROOT / "README.md").read_text().split("## Your own network\n")[1].split("\n## ")[0]
+
+MYNET = """
+from math import prod
+
+from torch import nn
+
+
+def build(input_shape, num_classes):
+    model = nn.Sequential()
+    model.add_module("wide", nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), 8), nn.ReLU(inplace=True)))
+    model.add_module("narrow", nn.Sequential(nn.Linear(8, 4), nn.Tanh()))
+    model.add_module("last", nn.Linear(4, num_classes))
+    model.tap_names, model.split_names = ("wide", "narrow"), ("narrow",)
+    return model
+"""
+MYSET = """
+import torch
+
+
+def load(root, download):
+    y = torch.arange(60) % 3
+    x = torch.randn(60, 5) + y[:, None]
+    return x[:40], y[:40], x[40:], y[40:], 3
+"""
+
+
+def test_the_example(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+    assert len(example.splitlines()) <= 25
+    exec(compile(example, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["NC1", "layer4"], ["NC1", "pool"]]
+    told = [re.fullmatch(r"DIB (y|\d) at least (\S+) nats", line) for line in lines[2:]]
+    assert [found[1] for found in told] == ["y", "0", "1", "2"]
+    assert all(0 <= float(found[2]) <= math.log(3) for found in told)  # 512 features tell 60 samples apart
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy, as tests must not write into the project."""
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        target = tmp_path / source.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source, target)
+    return tmp_path
+
+
+def add(project: Path, package: str, module: str, text: str, registry: str, entry: str) -> None:
+    """A file, its import and its line in the registry; README names the entry."""
+    assert f"`{package}/__init__.py`, add `{entry}` to `{registry}`" in " ".join(SECTION.split())
+    (project / package / f"{module}.py").write_text(text)
+    file = project / package / "__init__.py"
+    content, added = re.subn(rf"^({registry}\b.*= {{)$", rf"\1\n    {entry},", file.read_text(), flags=re.MULTILINE)
+    assert added == 1
+    file.write_text(f"from {package} import {module}\n{content}")
+
+
+def test_an_architecture_and_a_data_set_of_ones_own(project):
+    add(project, "models", "mynet", MYNET, "ARCHITECTURES", '"MyNet": mynet.build')
+    add(project, "data", "myset", MYSET, "SOURCES", '"MySet": myset.load')
+    command = [sys.executable, "train.py", "--model", "MyNet", "--data", "MySet", "--run-dir", "run", "--device", "cpu"]
+    command += ["--epochs", "1", "--dib-epochs", "1"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name, column, expected in (("nc1", "layer", {"wide", "narrow"}), ("dib", "split", {"input", "narrow"})):
+        with (project / "run" / f"{name}.csv").open() as file:
+            assert {row[column] for row in csv.DictReader(file)} >= expected
