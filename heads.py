@@ -5,7 +5,6 @@ each becomes what it would be alone, from the same start and on the same batches
 connected ones stacked, a product a layer, others one by one.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -187,10 +186,12 @@ class Bundle:
 
     def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
         """One step of every head; the losses before it, (H,)."""
-        if self.draws is None:
-            self.draws = not self.plain and draws(self.modules()[0], *(e(indices) for e in self.encoders.values()))
+        source = torch.cuda if indices.is_cuda else torch
+        before = source.get_rng_state() if self.draws is None else None
         with self.autocast():
             losses = self.losses(indices)
+        if before is not None:
+            self.draws = not torch.equal(before, source.get_rng_state())
         if losses.requires_grad:  # else no weight has a say in them
             optimizer.zero_grad()
             losses.sum().backward()
@@ -469,31 +470,21 @@ def autocast(bfloat16: bool, head: nn.Sequential) -> Callable:
     p = next(head.parameters(), None)
     if not bfloat16 or p is None or p.dtype != torch.float32 or not BFLOAT16_ON.get(p.device.type, lambda: False)():
         return nullcontext
-    return partial(torch.autocast, p.device.type, torch.bfloat16)
+    # no cache: within a caller's autocast it would go on with the weights of the first step
+    return partial(torch.autocast, p.device.type, torch.bfloat16, cache_enabled=False)
 
 
-def draws(head: nn.Sequential, x: Tensor) -> bool:
-    """Whether the head, in the mode it is in, draws random numbers for inputs x (B, ...); nothing is changed."""
-    source = torch.cuda if x.is_cuda else torch
-    state = source.get_rng_state()
-    with torch.no_grad():
-        copy.deepcopy(head)(x.clone())
-    drew = not torch.equal(state, source.get_rng_state())
-    source.set_rng_state(state)
-    return drew
-
-
-def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor], draws: bool | None = True) -> Tensor:
+def one_by_one(heads: list[nn.Sequential], encodings: dict[int, Tensor], draws: bool | None = None) -> Tensor:
     """Logits (J, C, B) of any heads of one split on its encodings {k: (B, ...)}: the plain reference, a loop.
 
     Layers that draw (stochastic depth) draw the same for every head, what a head alone would draw. draws: whether there
-    are such layers; for heads that draw nothing random states need not be set.
+    are such layers, if that is known; for heads that draw nothing random states need not be set.
     """
     (x,) = encodings.values()
     source = torch.cuda if x.is_cuda else torch
-    state, logits = source.get_rng_state() if draws else None, []
+    state, logits = None if draws is False else source.get_rng_state(), []
     for head in heads:
-        if draws:
+        if state is not None:
             source.set_rng_state(state)
         logits.append(head(x.clone()).T)  # a copy: the first layer may work in place
     return torch.stack(logits)

@@ -76,7 +76,7 @@ class Lookalike(TorchFunctionMode):
             on_cuda = bool(there) and not (name == "copy_" and not is_there(args[0]))
         else:
             on_cuda, kwargs["device"] = torch.device(device).type == "cuda", "cpu"
-            if on_cuda and name in ("tensor", "as_tensor"):
+            if on_cuda and name in ("tensor", "as_tensor") and not there:
                 self.wait("a copy to the device")
         if kwargs.pop("pin_memory", False) and on_cuda:
             raise RuntimeError("only tensors of the CPU can be pinned")

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import dib
+import heads
 import models
 from heads import Thesis, Tuned
 from relabel import relabel
@@ -51,9 +52,10 @@ def test_splits_measured_together_are_what_each_is_alone(build, shape, recipe):
         alone = dib.measure(model, k, split, 3, build, recipe, batch_size=40, seed=4)
         for got, expected in zip(together[k], alone, strict=True):
             assert got[:3] == expected[:3]
-            # absolute: where classes can be separated, rounding tells at which loss near 0 the optimum is left
-            assert got.loss == pytest.approx(expected.loss, rel=1e-9, abs=1e-9)
-            assert got.bound <= expected.bound + 1e-9
+            # an optimum is found to 1e-4 nats, and where it is left there is a matter of rounding
+            near = 1e-4 if recipe is not SGD and heads.is_linear(model[k:]) else 1e-9
+            assert got.loss == pytest.approx(expected.loss, rel=1e-9, abs=near)
+            assert got.bound <= expected.bound + near
 
 
 def test_entropy_is_empirical():
