@@ -124,6 +124,7 @@ def measure_splits(
         x = checks.inputs(samples, labels)
         reference = new_head(0, "reference").eval()
         checks.constructor(model, reference, new_head(0, "again"), splits[0])
+        refuse_other_fixed(model, reference, splits)
         checks.network(model, reference, splits, x, num_classes)
         own = own_loss(model, splits, inputs, labels, batch_size)
         losses = heads.find(model, splits, inputs, targets, reference, new_head, seeded, recipe, batch_size, keep_bytes)
@@ -133,6 +134,13 @@ def measure_splits(
         k: [Head(*key, *rest) for key, *rest in zip(keys, entropies, of_split, bounds[k], strict=True)]
         for k, of_split in zip(splits, losses.tolist(), strict=True)
     }
+
+
+def refuse_other_fixed(model: nn.Sequential, reference: nn.Sequential, splits: list[int]) -> None:
+    """ValueError for a decoder with nothing to train, and other values than the model's: V would be chance."""
+    for k in splits:
+        if not heads.trains(reference[k:]) and not same_frozen(model[k:], reference[k:]):
+            raise ValueError(f"DIB: fresh() freezes all of the decoder model[{k}:], with other values than the model's")
 
 
 @contextmanager

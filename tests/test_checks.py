@@ -195,16 +195,17 @@ def test_layers_that_work_in_place_leave_data_and_encodings(recipe, keep_bytes):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("made", ["like the model", torch.float32])
 def test_heads_of_a_model_in_half_precision_are_float32(dtype, made):
-    split = toy()
+    split, networks = toy(), []
     split.x = split.x.to(dtype)
+
+    def fresh() -> nn.Sequential:
+        networks.append(network().to(dtype if made == "like the model" else made))
+        return networks[-1]
+
     exact = measure(lambda: network().float(), split=Toy(split.x.float(), split.labels))
-    found = measure(
-        lambda: network().to(dtype),
-        split=split,
-        fresh=lambda: network().to(dtype if made == "like the model" else made),
-    )
-    for k, of_split in found.items():
+    for k, of_split in measure(lambda: network().to(dtype), split=split, fresh=fresh).items():
         assert [head.loss for head in of_split] == pytest.approx([head.loss for head in exact[k]], abs=0.05)
+    assert all(p.dtype == torch.float32 for each in networks for p in each[2:].parameters())
 
 
 def test_a_double_model_has_heads_as_fresh_makes_them():
@@ -215,10 +216,12 @@ def test_a_double_model_has_heads_as_fresh_makes_them():
 
 
 def test_modes_around_the_call_change_nothing():
-    expected = measure()
+    split = Toy(toy().x.float(), toy().labels)
+    measured = partial(measure, lambda: network().float(), split=split)
+    expected = measured()
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.enable_grad()):
         with mode:
-            assert measure() == expected
+            assert measured() == expected
             assert torch.is_grad_enabled() is not isinstance(mode, (torch.no_grad, torch.inference_mode))
             assert torch.is_inference_mode_enabled() is isinstance(mode, torch.inference_mode)
             assert torch.is_autocast_enabled("cpu") is isinstance(mode, torch.autocast)

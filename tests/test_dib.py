@@ -348,6 +348,11 @@ def test_a_decoder_with_nothing_to_train_is_measured_as_it_is(recipe):
     assert all(math.isfinite(head.loss) for head in found[2])
 
 
+def test_refuses_a_fixed_decoder_that_is_not_the_models():
+    with pytest.raises(ValueError, match=r"fresh\(\) freezes all of the decoder model\[2:\], with other values"):
+        dib.measure(plain(), 2, toy(), 3, lambda: plain().requires_grad_(False), Tuned(8))
+
+
 def test_a_decoder_without_parameters_is_measured_as_it_is():
     def build() -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 3), nn.Tanh()).double()
