@@ -117,11 +117,11 @@ def test_whether_heads_draw_is_measured():
 
 
 def test_random_states_are_set_only_for_heads_that_draw(monkeypatch):
-    """Once a step and head, and once to see whether they draw."""
+    """In the first step, which shows whether they do, for all."""
     calls, setter = Counter(), torch.set_rng_state
     monkeypatch.setattr(torch, "set_rng_state", lambda state: calls.update(["set"]) or setter(state))
     split = toy(shape=(1, 5, 5))
-    for build, J, expected in ((convolutional, 2, 1), (drawing, 3, 1 + 3 * 9)):
+    for build, J, expected in ((convolutional, 2, 2), (drawing, 3, 3 * 9)):
         calls.clear()
         x = split.x if build is convolutional else split.x.flatten(1)[:, :6]
         encoders, targets = {0: x.__getitem__}, split.labels.expand(J, -1)
