@@ -28,18 +28,23 @@ def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.C
 
 def test_no_file_is_read_or_written_in_the_encoding_of_the_locale(tmp_path):
     """Python warns where a program leaves it to the locale."""
-    run = tmp_path / "run"
-    for words in (
-        ["train.py", *TUNED, "--tune", "--run-dir", run],
-        ["settle.py", run],
-        ["-m", "analysis.plots", run],
-        ["-m", "analysis.report", run],
-        ["-m", "analysis.table", run],
-    ):
-        done = python("-X", "warn_default_encoding", "-W", "always::EncodingWarning", *words)
-        assert done.returncode == 0
-        of_ours = [line for line in done.stderr.decode().splitlines() if line.startswith(f"{ROOT}/")]
-        assert of_ours == []
+    script = """
+import runpy, sys
+run, *flags = sys.argv[1:]
+for program, words in (
+    ("train", [*flags, "--run-dir", run]),
+    *((name, [run]) for name in ("settle", "analysis.plots", "analysis.report", "analysis.table")),
+):
+    sys.argv = [program, *words]
+    runpy.run_module(program, run_name="__main__")
+"""
+    flags = [*TUNED, "--tune", "--splits", "hidden2", "--epochs", "1"]
+    done = python(
+        "-X", "warn_default_encoding", "-W", "always::EncodingWarning", "-c", script, tmp_path / "run", *flags
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "table.tex").exists()
+    assert [line for line in done.stderr.decode().splitlines() if line.startswith(f"{ROOT}/")] == []
 
 
 def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path):
@@ -118,11 +123,16 @@ def test_the_command_that_is_printed_works_where_the_path_has_spaces(tmp_path, m
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stdout == "a run's folder\n"
 
 
-def test_a_rank_of_something_else_hides_nothing():
-    done = python("train.py", "--epochs", "0", RANK="3")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    done = python("train.py", "--epochs", "0", RANK="3", WORLD_SIZE="4")
-    assert (done.returncode, done.stderr) == (2, b"")
+@pytest.mark.parametrize(("world", "said"), [(None, 1), ("1", 1), ("4", 0)])
+def test_a_rank_of_something_else_hides_nothing(monkeypatch, capsys, world, said):
+    """Of several processes the first one says what is refused."""
+    monkeypatch.setenv("RANK", "3")
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--epochs", "0"])
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == said
 
 
 def test_a_python_that_cannot_make_an_environment_is_named(tmp_path):
