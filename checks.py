@@ -27,12 +27,12 @@ def blocks(network: object, what: str) -> nn.Sequential:
     return nn.Sequential(OrderedDict(network._modules))
 
 
-def splits(ks: Iterable[int], model: nn.Sequential) -> list[int]:
+def splits(given: Iterable[int], model: nn.Sequential) -> list[int]:
     """The splits as integers, in order."""
-    for k in (ks := list(ks)):
+    for k in (given := list(given)):
         if not hasattr(k, "__index__") or not 0 <= k < len(model):
             raise ValueError(f"DIB: k must lie in 0..{len(model) - 1}, so that a decoder is left, got {k!r}")
-    return sorted(set(map(index, ks)))
+    return sorted(set(map(index, given)))
 
 
 def function(fresh: object) -> None:

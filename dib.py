@@ -61,7 +61,7 @@ def measure(model: nn.Sequential, k: int, samples, *rest, **options) -> list[Hea
 @torch.inference_mode(False)  # heads are trained: gradients are on, whatever the caller has switched off
 def measure_splits(
     model: nn.Sequential,
-    ks: Iterable[int],
+    splits: Iterable[int],
     samples,
     num_classes: int,
     fresh: Callable[[], nn.Sequential],
@@ -92,7 +92,7 @@ def measure_splits(
         raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
     checks.function(fresh)
     model = checks.blocks(model, "the model")
-    splits = checks.splits(ks, model)
+    splits = checks.splits(splits, model)
     if not splits:
         return {}
     labels = checks.labels(samples)

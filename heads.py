@@ -594,7 +594,7 @@ def whitened(z: Tensor, centred: bool) -> Tensor:
     return U[:, S > 1e-6 * S[0]] * len(z) ** 0.5
 
 
-def costs(model: nn.Sequential, ks: list[int], x: Tensor) -> dict[int, float]:
+def costs(model: nn.Sequential, splits: list[int], x: Tensor) -> dict[int, float]:
     """An estimate, without unit, of what a head of each split costs, from the inputs x (1, ...) of one sample.
 
     The model is in eval mode. The numbers that its layers read and write, which is what small layers cost, and their
@@ -615,4 +615,4 @@ def costs(model: nn.Sequential, ks: list[int], x: Tensor) -> dict[int, float]:
             x = block(x)
     for handle in handles:
         handle.remove()
-    return {k: sum(of_block[k:]) for k in ks}
+    return {k: sum(of_block[k:]) for k in splits}

@@ -127,20 +127,20 @@ def bench_dib() -> Iterator[Row]:
     for name, N, names, epochs, goal in cases:
         build, split = setting(name, N)
         model, C = build().to(DEVICE), 2 if name == "MLP" else 10
-        ks = list(models.splits(model, names).values())
+        splits = list(models.splits(model, names).values())
         x, _ = split.batch(torch.arange(N, device=DEVICE))
         _, targets = dib.label(split.labels, C, labelings=1, seed=0)
 
-        def ours(model=model, ks=ks, split=split, C=C, build=build, epochs=epochs) -> None:
-            dib.measure_splits(model, ks, split, C, build, heads.Thesis(ADAMW, epochs))
+        def ours(model=model, splits=splits, split=split, C=C, build=build, epochs=epochs) -> None:
+            dib.measure_splits(model, splits, split, C, build, heads.Thesis(ADAMW, epochs))
 
-        def yardstick(model=model, ks=ks, x=x, targets=targets, build=build, epochs=epochs) -> None:
-            for k in ks:
+        def yardstick(model=model, splits=splits, x=x, targets=targets, build=build, epochs=epochs) -> None:
+            for k in splits:
                 for target in targets:
                     head = build()[k:].to(DEVICE)
                     train_alone(model[:k], head, x, target, ADAMW, epochs, 400, torch.Generator().manual_seed(0))
 
-        size = f"N {N}, splits {len(ks)}, heads {len(targets)}, epochs {epochs}"
+        size = f"N {N}, splits {len(splits)}, heads {len(targets)}, epochs {epochs}"
         yield compare(f"DIB {name}", size, ours, yardstick, goal)
 
 
@@ -372,8 +372,8 @@ def dib_on_ranks() -> None:
     build, split = setting("MLP", 3481)
     torch.manual_seed(0)
     model = build()
-    ks = list(models.splits(model).values())[1:]
-    times = [seconds(lambda: dib.measure_splits(model, ks, split, 2, build, heads.Thesis(ADAMW))) for _ in range(4)]
+    splits = list(models.splits(model).values())[1:]
+    times = [seconds(lambda: dib.measure_splits(model, splits, split, 2, build, heads.Thesis(ADAMW))) for _ in range(4)]
     if ranks.rank() == 0:
         print(median(times[1:]))
     ranks.leave()
@@ -468,23 +468,23 @@ def time_saved(
 
 def quality_of_mlp(slow: bool) -> Iterator[Row]:
     model, build, split, _ = trained(*UNMEASURED)
-    cuts = models.splits(model)
+    splits = models.splits(model)
     keys, targets = dib.label(split.labels, 2, 1, 0)
     steps = heads.steps(30, len(split))
 
-    def find(recipe: heads.Tuned, seed: int = 0, ks: Iterable[int] = cuts.values()) -> dict[int, list[dib.Head]]:
-        return dib.measure_splits(model, ks, split, 2, build, recipe, seed=seed, model_epoch=15)
+    def find(recipe: heads.Tuned, seed: int = 0, splits: Iterable[int] = splits.values()) -> dict[int, list[dib.Head]]:
+        return dib.measure_splits(model, splits, split, 2, build, recipe, seed=seed, model_epoch=15)
 
     measured = find(heads.Tuned(steps))
-    known = dict(zip(cuts, best_known(lambda *of_run: bounds(find(*of_run)), steps, slow), strict=True))
+    known = dict(zip(splits, best_known(lambda *of_run: bounds(find(*of_run)), steps, slow), strict=True))
     size = f"N {len(split)}, steps {steps}, beside {beside(slow)}"
-    of_split = measured[cuts["hidden1"]]
+    of_split = measured[splits["hidden1"]]
     yield from informed("SZT sufficiency hidden1", size, of_split[:1], known["hidden1"][:1], "ours >= 0.70")
     for name in ("input", "hidden1", "hidden2"):
-        of_split = measured[cuts[name]]
+        of_split = measured[splits[name]]
         yield from informed(f"SZT minimality {name}", size, of_split[1:], known[name][1:], "ratio >= 0.70")
 
-    k = cuts["hidden5"]
+    k = splits["hidden5"]
     optima = exact(model, k, split, targets)
     loss, optimum = max(
         ((h.loss, o) for h, o in zip(measured[k], optima, strict=True)), key=lambda pair: pair[0] - pair[1]
@@ -492,8 +492,8 @@ def quality_of_mlp(slow: bool) -> Iterator[Row]:
     size = f"N {len(split)}, the worst of {len(keys)}, beside the exact optimum"
     yield Row("SZT loss hidden5", size, loss / BIT, optimum / BIT, "bits", loss / optimum, "difference <= 0.001")
 
-    hidden = [k for k in cuts.values() if k > 0]
-    measured, ours = timed(lambda: find(heads.Tuned(steps), ks=hidden))
+    hidden = [k for k in splits.values() if k > 0]
+    measured, ours = timed(lambda: find(heads.Tuned(steps), splits=hidden))
     mean_loss = mean(head.loss for of_split in measured.values() for head in of_split)
     members = [(k, target) for k in hidden for target in targets]
     yield time_saved("SZT", split, model, build, members, mean_loss, ours, "ratio >= 20")
@@ -528,24 +528,24 @@ def quality_of_mnistnet(data_dir: str, slow: bool) -> Iterator[Row]:
         return
     of_data = ("-d", "FashionMNIST", "--data-dir", data_dir, "--train-size", "5000")
     model, build, split, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
-    cuts = models.splits(model, ["conv2", "hidden1"])
+    splits = models.splits(model, ["conv2", "hidden1"])
     _, targets = dib.label(split.labels, 10, 1, 0)
     steps = heads.steps(30, len(split))
 
-    def find(recipe: heads.Tuned, seed: int = 0, ks: Iterable[int] = cuts.values()) -> dict[int, list[dib.Head]]:
-        return dib.measure_splits(model, ks, split, 10, build, recipe, seed=seed, model_epoch=4)
+    def find(recipe: heads.Tuned, seed: int = 0, splits: Iterable[int] = splits.values()) -> dict[int, list[dib.Head]]:
+        return dib.measure_splits(model, splits, split, 10, build, recipe, seed=seed, model_epoch=4)
 
     measured, ours = timed(lambda: find(heads.Tuned(steps)))
-    k = cuts["conv2"]
-    (known,) = best_known(lambda *of_run: bounds(find(*of_run, ks=[k])), steps, slow)
+    k = splits["conv2"]
+    (known,) = best_known(lambda *of_run: bounds(find(*of_run, splits=[k])), steps, slow)
     size = f"N {len(split)}, steps {steps}, beside {beside(slow)}"
     yield from informed("MNISTNet minimality conv2", size, measured[k][1:], known[1:], "ours >= 1.5")
-    k = cuts["hidden1"]
+    k = splits["hidden1"]
     size = f"N {len(split)}, beside the exact optimum"
     optima = exact(model, k, split, targets[1:])
     yield from informed("MNISTNet minimality hidden1", size, measured[k][1:], optima, "difference <= 0.005")
     mean_loss = mean(head.loss for of_split in measured.values() for head in of_split)
-    members = [(k, target) for k in cuts.values() for target in targets]
+    members = [(k, target) for k in splits.values() for target in targets]
     yield time_saved("MNISTNet", split, model, build, members, mean_loss, ours, "ratio >= 10")
 
 

@@ -27,10 +27,10 @@ def network(*layers: nn.Module) -> nn.Sequential:
     ).double()
 
 
-def measure(build=network, ks=(0, 2), split=None, model=None, fresh=None, recipe=TUNED, C=3, **options):
+def measure(build=network, splits=(0, 2), split=None, model=None, fresh=None, recipe=TUNED, C=3, **options):
     torch.manual_seed(0)
     model, split = model or build(), toy() if split is None else split
-    return dib.measure_splits(model, ks, split, C, fresh or build, recipe, batch_size=40, **options)
+    return dib.measure_splits(model, splits, split, C, fresh or build, recipe, batch_size=40, **options)
 
 
 def refused(message: str, *args, **options) -> None:
@@ -261,7 +261,7 @@ class Still(nn.BatchNorm1d):
         return super().train(True)
 
 
-@pytest.mark.parametrize("ks", [(0, 1), (2,)])
+@pytest.mark.parametrize("splits", [(0, 1), (2,)])
 @pytest.mark.parametrize(
     "build",
     [
@@ -275,9 +275,9 @@ class Still(nn.BatchNorm1d):
     ],
     ids=["batch norm", "batch norm in training", "softmax", "centred", "dropout", "noise", "lstm"],
 )
-def test_refuses_blocks_that_mix_samples_or_draw(build, ks):
+def test_refuses_blocks_that_mix_samples_or_draw(build, splits):
     name = 2 if isinstance(build()[1], nn.LSTM) else 1
-    refused(f"block '{name}' gives a sample other outputs beside other samples", build, (0,) if name == 2 else ks)
+    refused(f"block '{name}' gives a sample other outputs beside other samples", build, (0,) if name == 2 else splits)
 
 
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)])
@@ -289,7 +289,7 @@ def test_norms_of_a_sample_or_of_running_statistics_are_measured(norm):
 
 
 @pytest.mark.parametrize(
-    ("build", "ks", "message"),
+    ("build", "splits", "message"),
     [
         (lambda: Lambda(torch.tanh), (0,), "the model must be an nn.Sequential, .* got Lambda"),
         (lambda: Nothing(nn.Linear(6, 3)), (0,), "the model has a forward of its own"),
@@ -307,9 +307,9 @@ def test_norms_of_a_sample_or_of_running_statistics_are_measured(norm):
         (network, ("hidden1",), "k must lie in .* got 'hidden1'"),
     ],
 )
-def test_refuses_models(build, ks, message):
+def test_refuses_models(build, splits, message):
     fresh = network if isinstance(build(), Lambda) or next(build().parameters()).device.type == "meta" else build
-    refused(message, build, ks, fresh=fresh)
+    refused(message, build, splits, fresh=fresh)
 
 
 def test_refuses_a_hook_on_the_model_itself():
@@ -436,4 +436,4 @@ def test_refuses_data_that_is_no_split():
 
 
 def test_no_splits_are_no_work():
-    assert measure(ks=()) == {}
+    assert measure(splits=()) == {}

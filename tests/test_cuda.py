@@ -96,10 +96,10 @@ def test_heads_are_those_of_the_cpu(make, recipe):
 
     torch.manual_seed(0)
     model = build()
-    ks, keep_bytes = range(len(model)), dib.KEEP_BYTES if recipe.standardised else 0
-    expected = dib.measure_splits(model, ks, split, 3, build, recipe, batch_size=40, labelings=2)
-    got = dib.measure_splits(model.cuda(), ks, on_cuda(split), 3, build, recipe, 2, 0, 0, 40, keep_bytes)
-    for k in ks:
+    splits, keep_bytes = range(len(model)), dib.KEEP_BYTES if recipe.standardised else 0
+    expected = dib.measure_splits(model, splits, split, 3, build, recipe, batch_size=40, labelings=2)
+    got = dib.measure_splits(model.cuda(), splits, on_cuda(split), 3, build, recipe, 2, 0, 0, 40, keep_bytes)
+    for k in splits:
         # an optimum is known to a ten-thousandth of a nat
         optimal = recipe.optimal and heads.is_linear(model[k:])
         tolerance = {"abs": 1e-4} if optimal else {"rel": 1e-6}

@@ -45,10 +45,10 @@ def test_splits_measured_together_are_what_each_is_alone(build, shape, recipe):
     """Their losses; what is known of H_V comes from all splits measured."""
     torch.manual_seed(0)
     split, model = toy(shape=shape), build()
-    ks = [2, 0, 1]
-    together = dib.measure_splits(model, ks, split, 3, build, recipe, batch_size=40, seed=4)
+    splits = [2, 0, 1]
+    together = dib.measure_splits(model, splits, split, 3, build, recipe, batch_size=40, seed=4)
     assert list(together) == [0, 1, 2]
-    for k in ks:
+    for k in splits:
         alone = dib.measure(model, k, split, 3, build, recipe, batch_size=40, seed=4)
         for got, expected in zip(together[k], alone, strict=True):
             assert got[:3] == expected[:3]

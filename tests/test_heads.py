@@ -43,7 +43,7 @@ def batches(N: int, size: int = 40) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("build", "shape", "ks", "forward"),
+    ("build", "shape", "splits", "forward"),
     [
         (plain, (6,), [0], "stacked"),
         (plain, (6,), [0, 2, 3], "stacked"),
@@ -53,7 +53,7 @@ def batches(N: int, size: int = 40) -> tuple[Tensor, ...]:
         (drawing, (6,), [0], "one_by_one"),
     ],
 )
-def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, forward, monkeypatch):
+def test_heads_trained_together_are_what_each_would_be_alone(build, shape, splits, forward, monkeypatch):
     """The same start and the same batches, in float64: the loss of a head does not know of the others."""
     used = Counter()
     for name in ("stacked", "one_by_one"):
@@ -63,13 +63,13 @@ def test_heads_trained_together_are_what_each_would_be_alone(build, shape, ks, f
     split, model, epochs = toy(shape=shape), build(), 30
     sgd = partial(torch.optim.SGD, lr=0.1)
     _, targets = dib.label(split.labels, 3, labelings=1, seed=0)
-    starts = {k: [build()[k:].eval() for _ in targets] for k in ks}
-    encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in ks}
-    bundle = Bundle(copy.deepcopy(starts), encoders, targets, {k: list(range(len(targets))) for k in ks})
+    starts = {k: [build()[k:].eval() for _ in targets] for k in splits}
+    encoders = {k: model[:k].eval()(split.x).detach().__getitem__ for k in splits}
+    bundle = Bundle(copy.deepcopy(starts), encoders, targets, {k: list(range(len(targets))) for k in splits})
     torch.manual_seed(7)
-    losses = Thesis(sgd, epochs).train(bundle, {}, 40, torch.Generator().manual_seed(5)).view(len(ks), -1)
+    losses = Thesis(sgd, epochs).train(bundle, {}, 40, torch.Generator().manual_seed(5)).view(len(splits), -1)
     assert set(used) == {forward}, f"the heads took the path {used}"
-    for i, k in enumerate(ks):
+    for i, k in enumerate(splits):
         for j, head in enumerate(starts[k]):
             torch.manual_seed(7)
             generator = torch.Generator().manual_seed(5)
@@ -170,7 +170,7 @@ def test_a_first_layer_that_works_in_place_does_not_reach_the_other_heads():
 # Tuned
 
 
-def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> tuple[Tensor, list[list[float]]]:
+def found_and_alone(build, shape, splits, steps, dtype=torch.float64, **choice) -> tuple[Tensor, list[list[float]]]:
     """The losses of tuned heads of these splits for three labelings, and of each trained alone by the twin."""
     torch.manual_seed(0)
     split, model, recipe = toy(shape=shape), build().to(dtype).eval(), Tuned(steps)
@@ -188,9 +188,11 @@ def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> t
         torch.manual_seed(7)
         return torch.Generator().manual_seed(5)
 
-    found = heads.find(model, ks, inputs, targets, new_head(0, "reference").eval(), new_head, seeded, recipe, 40, 2**30)
-    sizes, alone = heads.parameter_sizes(new_head(0, "reference")), []
-    for k in ks:
+    found = heads.find(
+        model, splits, inputs, targets, new_head(0, "reference").eval(), new_head, seeded, recipe, 40, 2**30
+    )
+    sizes, alone = heads.parameter_sizes(reference), []
+    for k in splits:
         with torch.no_grad():
             z = model[:k](split.x)
         first = next(layer for layer in new_head(k).modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
@@ -203,7 +205,7 @@ def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> t
 
 
 @pytest.mark.parametrize(
-    ("build", "shape", "ks", "steps"),
+    ("build", "shape", "splits", "steps"),
     [
         (plain, (6,), [0, 1, 2], 120),
         (plain, (2, 3), [1], 8),
@@ -213,17 +215,17 @@ def found_and_alone(build, shape, ks, steps, dtype=torch.float64, **choice) -> t
     ],
     ids=["plain", "few steps", "convolutional", "padded", "drawing"],
 )
-def test_tuned_heads_are_what_each_would_be_alone(build, shape, ks, steps):
-    found, alone = found_and_alone(build, shape, ks, steps)
+def test_tuned_heads_are_what_each_would_be_alone(build, shape, splits, steps):
+    found, alone = found_and_alone(build, shape, splits, steps)
     torch.testing.assert_close(found, torch.tensor(alone, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("build", "shape", "ks"), [(plain, (6,), [0, 2]), (convolutional, (1, 5, 5), [0])])
-def test_tuned_heads_in_float32_are_what_each_would_be_alone(build, shape, ks, monkeypatch):
+@pytest.mark.parametrize(("build", "shape", "splits"), [(plain, (6,), [0, 2]), (convolutional, (1, 5, 5), [0])])
+def test_tuned_heads_in_float32_are_what_each_would_be_alone(build, shape, splits, monkeypatch):
     """With the same starts kept, as two that are about as good may change places by a rounding."""
     first = lambda losses, starts, kept: torch.arange(len(losses)).view(-1, starts)[:, :kept].flatten()  # noqa: E731
     monkeypatch.setattr(heads, "best", first)
-    found, alone = found_and_alone(build, shape, ks, 60, torch.float32, best=lambda lately, kept: list(range(kept)))
+    found, alone = found_and_alone(build, shape, splits, 60, torch.float32, best=lambda lately, kept: list(range(kept)))
     torch.testing.assert_close(found, torch.tensor(alone, dtype=torch.float64), rtol=1e-3, atol=1e-3)
 
 
@@ -451,9 +453,9 @@ def test_which_decoders_are_linear(layers, expected):
 )
 def test_which_splits_have_linear_decoders(name, last, before):
     model = models.build(name, (3, 32, 32), 10)
-    ks = models.splits(model, [last, before])
-    assert heads.is_linear(model[ks[last] :])
-    assert not heads.is_linear(model[ks[before] :])
+    splits = models.splits(model, [last, before])
+    assert heads.is_linear(model[splits[last] :])
+    assert not heads.is_linear(model[splits[before] :])
 
 
 def features(kind: str, N: int = 200, d: int = 5) -> Tensor:
