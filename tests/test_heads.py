@@ -188,9 +188,8 @@ def found_and_alone(build, shape, splits, steps, dtype=torch.float64, **choice) 
         torch.manual_seed(7)
         return torch.Generator().manual_seed(5)
 
-    found = heads.find(
-        model, splits, inputs, targets, new_head(0, "reference").eval(), new_head, seeded, recipe, 40, 2**30
-    )
+    reference = new_head(0, "reference").eval()
+    found = heads.find(model, splits, inputs, targets, reference, new_head, seeded, recipe, 40, 2**30)
     sizes, alone = heads.parameter_sizes(reference), []
     for k in splits:
         with torch.no_grad():
