@@ -4,7 +4,8 @@ Some of it shows only when the network runs: blocks that mix the samples of a ba
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from operator import index
 
 import torch
@@ -38,6 +39,21 @@ def splits(given: Iterable[int], model: nn.Sequential) -> list[int]:
 def function(fresh: object) -> None:
     if isinstance(fresh, nn.Module) or not callable(fresh):
         raise ValueError(f"DIB: fresh must be a function that builds the network anew, got {described(fresh)}")
+
+
+def made(fresh: Callable[[], nn.Sequential], device: torch.device) -> nn.Sequential:
+    """The blocks of what fresh() makes: on CUDA made there, as made on a CPU and copied they cost minutes a run."""
+    try:
+        with device if device.type == "cuda" else nullcontext():
+            network = fresh()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        if device.type != "cuda":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"DIB: fresh() fails where {device} is torch's default device: {reason}") from error
+    return blocks(network, "what fresh() makes")
 
 
 def labels(samples: object) -> Tensor:

@@ -112,8 +112,7 @@ def measure_splits(
 
     def new_head(k: int, *which: object) -> nn.Sequential:
         seeded(*which, k)
-        with device if cuda else nullcontext():  # made on a CPU and copied, heads cost minutes a run
-            head = checks.blocks(fresh(), "what fresh() makes")[k:].to(device)
+        head = checks.made(fresh, device)[k:].to(device)
         halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters())
         return head.float() if halves else head
 

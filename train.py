@@ -9,8 +9,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from math import ceil, isfinite
@@ -86,29 +86,32 @@ def timed(part: str) -> Callable:
 @devices.exact_float32()
 def train(run: Run, done: int) -> None:
     """The epochs after the one that is done. Epoch 0 is the model before training, and is only measured."""
-    last, forward = run.args.epochs, in_training(run)
-    for epoch in bar(range(done + 1, last + 1), desc="epochs", initial=done + 1, total=last + 1):
-        if epoch > 0:
-            train_epoch(run, forward, epoch)
-        scores = evaluate(run, epoch)
-        collapse = measure_nc1(run, epoch)
-        found = measure_dib(run, epoch, splits_in(run.args, epoch))
-        save(run, epoch, scores, collapse, found)
+    last = run.args.epochs
+    with in_training(run) as forward:
+        for epoch in bar(range(done + 1, last + 1), desc="epochs", initial=done + 1, total=last + 1):
+            if epoch > 0:
+                train_epoch(run, forward, epoch)
+            scores = evaluate(run, epoch)
+            collapse = measure_nc1(run, epoch)
+            found = measure_dib(run, epoch, splits_in(run.args, epoch))
+            save(run, epoch, scores, collapse, found)
 
 
-def in_training(run: Run) -> nn.Module:
+@contextmanager
+def in_training(run: Run) -> Iterator[nn.Module]:
     """The model as training calls it: the same weights, compiled, shared by several processes. Measures hook into the
     model itself."""
-    forward = run.model
+    forward, limit = run.model, nullcontext()
     if run.args.compile:
         torch._dynamo.reset()  # runs that this process had before do not count towards the limit
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
+        limit = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # rather than go on uncompiled
         forward = torch.compile(forward, dynamic=False)
     if ranks.world() > 1:
         # Around what is compiled: of a compiled DistributedDataParallel the compiler is handed next to nothing. The
         # price: the graph is cut where the buckets of gradients end, of which each is averaged once it is there.
         forward = nn.parallel.DistributedDataParallel(forward)
-    return forward
+    with limit:
+        yield forward
 
 
 @timed("train")
@@ -299,7 +302,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[tuple]]:
     """
     device = flags.choose_device(args.device)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what older cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic)
     with ranks.first_alone(args.download):
         dataset = data.load(args.data, args.data_dir, device, args.download, args.train_size)

@@ -53,6 +53,16 @@ def test_one_graph_for_each_size_of_batches_and_none_after_the_first_epoch(tmp_p
     assert ends == [0, 2, 2, 2]  # at the end of every epoch
 
 
+def test_two_runs_of_one_process_do_not_share_the_limit(tmp_path, monkeypatch):
+    """And what the second one was told to do at it is not left to whoever compiles next."""
+    monkeypatch.setattr(torch, "compile", counting([]))
+    flags = ["--no-dib", "--no-nc1", "--epochs", "1", "--device", "cpu", "--compile"]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for name in "ab":
+            train.main([*flags, "-w", "4", *"3" * (name == "b"), "--run-dir", str(tmp_path / name)])
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+
+
 def of_two(folder: str) -> None:
     """A run of one of the processes; the calls in its graphs."""
     graphs = []
