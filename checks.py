@@ -1,4 +1,4 @@
-"""What dib.py cannot measure of other people's networks and data: refused in one sentence, before anything is trained.
+"""What cannot be measured of other people's networks and data: refused in one sentence, before anything is trained.
 
 Some of it shows only when the network runs: blocks that mix the samples of a batch, or draw. A few samples tell.
 """
@@ -56,35 +56,35 @@ def made(fresh: Callable[[], nn.Sequential], device: torch.device) -> nn.Sequent
     return blocks(network, "what fresh() makes")
 
 
-def labels(samples: object) -> Tensor:
-    """A copy of the samples' labels, (N,) int64."""
-    if not (hasattr(samples, "labels") and hasattr(samples, "batch")):
-        got = type(samples).__name__
-        raise ValueError(f"DIB: samples must have labels and batch(indices), as data.Split.of(...) has, got {got}")
+def labels(samples: object, measure: str) -> Tensor:
+    """A copy of the samples' labels, (N,) int64; measure: who asks, DIB or NC1."""
+    if not all(hasattr(samples, name) for name in ("labels", "batch", "__len__")):
+        expected = "samples must have len(), labels and batch(indices), as data.Split.of(...) has"
+        raise ValueError(f"{measure}: {expected}, got {type(samples).__name__}")
     y = samples.labels
     integer = isinstance(y, Tensor) and not y.is_floating_point() and not y.is_complex()
     if not integer or y.dim() != 1 or not 0 < len(y) == len(samples):
         expected = f"an integer tensor (N,) with a label for each of the {len(samples)} samples, at least one"
-        raise ValueError(f"DIB: samples.labels must be {expected}, got {described(y)}")
+        raise ValueError(f"{measure}: samples.labels must be {expected}, got {described(y)}")
     return y.to(torch.int64, copy=True)
 
 
-def inputs(samples: object, labels: Tensor) -> Tensor:
+def inputs(samples: object, labels: Tensor, measure: str) -> Tensor:
     """The inputs of some samples, spread over all."""
     some = torch.arange(0, len(labels), -(-len(labels) // SAMPLES), device=labels.device)
     given = samples.batch(some)
     x, y = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, None)
     if not all(isinstance(t, Tensor) and t.shape[:1] == some.shape and t.device == labels.device for t in (x, y)):
         expected = f"two tensors with a row for each index, inputs and labels, on the labels' device, {labels.device}"
-        raise ValueError(f"DIB: samples.batch(indices) must give {expected}, got {described(given)}")
+        raise ValueError(f"{measure}: samples.batch(indices) must give {expected}, got {described(given)}")
     x_again, y_again = samples.batch(some.flip(0))
     same = torch.equal(x.nan_to_num(), x_again.flip(0).nan_to_num()) and torch.equal(y, y_again.flip(0))
     if not same or not torch.equal(y.long(), labels[some]):
         raise ValueError(
-            "DIB: samples.batch(indices) must give each sample as it gave it before, with its own label, in the order "
-            "of the indices: without augmentation, shuffling or sorting"
+            f"{measure}: samples.batch(indices) must give each sample as it gave it before, with its own label, in the "
+            "order of the indices: without augmentation, shuffling or sorting"
         )
-    return x.clone()
+    return x
 
 
 def constructor(model: nn.Sequential, made: nn.Sequential, again: nn.Sequential, k: int) -> None:
@@ -103,7 +103,7 @@ def constructor(model: nn.Sequential, made: nn.Sequential, again: nn.Sequential,
             if t.numel() and not untouched and t.untyped_storage().data_ptr() in places:
                 raise ValueError(f"DIB: fresh() must build the network anew, and {name} is that of {which}")
     twice = tensors(again[k:])
-    drawn = [name for name, t in anew.items() if t.requires_grad and t.min() < t.max()]
+    drawn = [name for name, t in anew.items() if t.requires_grad and (t != t.flatten()[0]).any()]
     if drawn and all(torch.equal(anew[name], twice[name]) for name in drawn):
         raise ValueError("DIB: fresh() must draw weights from torch's global generators, and gives the same ones twice")
 
@@ -137,7 +137,7 @@ def network(model: nn.Sequential, made: nn.Sequential, splits: list[int], x: Ten
         except Exception as error:  # whatever a network raises on inputs that are not for it
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"DIB: block {name!r} fails on {described(z)}: {reason}") from error
-        if not isinstance(out, Tensor) or len(out) != len(x):
+        if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
             continue
         if not alike(out[::2], of_some):
             raise ValueError(
@@ -153,7 +153,7 @@ def network(model: nn.Sequential, made: nn.Sequential, splits: list[int], x: Ten
     if since < len(model) or z.dim() != 2 or z.shape[1] < num_classes or not z.is_floating_point():
         expected = f"logits, ({len(x)}, {num_classes}) or wider for {len(x)} samples"
         raise ValueError(f"DIB: the model must give {expected}, got {described(out)}")
-    if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-3:
+    if (z >= 0).all() and (z.float().sum(1) - 1).abs().max() < max(1e-3, 2 * torch.finfo(z.dtype).eps):
         raise ValueError("DIB: the outputs of the model are probabilities, and must be logits: leave out the softmax")
 
 
@@ -163,7 +163,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
         return False
     eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
     a, b = a.double(), b.double()
-    most = 0.01 * (a - a.mean(0)).norm() + max(1e-3, eps**0.5) * a.norm()
+    most = 0.01 * (a - a.mean(0)).norm() + min(100 * eps, eps**0.5) * a.norm()
     return not (a - b).norm() > most  # outputs that are not finite are found where all samples are passed
 
 

@@ -95,7 +95,7 @@ def measure_splits(
     splits = checks.splits(splits, model)
     if not splits:
         return {}
-    labels = checks.labels(samples)
+    labels = checks.labels(samples, "DIB")
     keys, targets = label(labels, num_classes, labelings, seed)
     device = labels.device
     cuda = [device] if device.type == "cuda" else []
@@ -120,7 +120,7 @@ def measure_splits(
     current = torch.cuda.device(device) if cuda else nullcontext()  # where CUDA's generator is seeded
     untouched = torch.random.fork_rng(devices=cuda)
     with current, untouched, torch.autocast(device.type, enabled=False), evaluated(model):
-        x = checks.inputs(samples, labels)
+        x = checks.inputs(samples, labels, "DIB")
         reference = new_head(0, "reference").eval()
         checks.constructor(model, reference, new_head(0, "again"), splits[0])
         refuse_other_fixed(model, reference, splits)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+import checks
 import devices
 import ranks
 
@@ -38,8 +39,9 @@ ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyR
 PLAIN = (nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.Linear, *ELEMENTWISE)
 
 KEEP_BYTES = devices.KEEP_BYTES  # activations kept from the first pass
-CHUNK_BYTES = 8 * 2**20  # activations turned into float64 at a time: larger chunks were slower, and stay in memory
-ON_CUDA = 8  # times as many there, where 8 MiB pass in less than the launch of a kernel takes (by estimate)
+# Of activations turned into float64 at a time: on a CPU larger chunks were slower; on CUDA 8 MiB would pass in less
+# time than the launch of a kernel takes (by estimate).
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 
 
 class Collapse(NamedTuple):
@@ -105,26 +107,29 @@ def measure(
     the batches, and must all call.
     Raises ValueError for labels that are not such a tensor or not those of the batches, lie outside 0 .. C - 1 or leave
     a class without samples, and naming the layer for a tap not called exactly once, and for outputs that are not
-    floating-point tensors, have no row for each sample, or are not finite.
+    floating-point tensors, have no row for each sample, depend on the samples beside it, or are not finite.
     """
+    if not isinstance(taps, dict) or batch_size < 1:
+        raise ValueError(f"NC1: expected taps in a dict and batches of at least 1, got {type(taps)} and {batch_size}")
     labels = _labels(split, num_classes)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _measure(_in_float64(model), taps, split, labels, num_classes, batch_size, keep_bytes)
+        with torch.autocast(labels.device.type, enabled=False):
+            return _measure(_in_float64(model), taps, split, labels, num_classes, batch_size, keep_bytes)
     finally:
         for module, training in modes:
             module.training = training
 
 
 def _measure(run, taps, split, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
-    layers = _first_sample(run, taps, split, labels, C)
+    layers = _layers(run, taps, checks.inputs(split, labels, "NC1"), C)
     by_depth = list(layers)
     for tap in reversed(by_depth):
-        keep_bytes -= len(labels) * layers[tap].row_bytes
-        if keep_bytes < 0:
+        needed = len(labels) * layers[tap].row_bytes
+        if needed > keep_bytes:
             break  # the passes have to go through what lies before anyway
-        layers[tap].keeps = True
+        layers[tap].keeps, keep_bytes = True, keep_bytes - needed
 
     batches = _batches(split, labels, batch_size, "NC1 class means")
     _visit(run, taps, by_depth, batches, lambda tap, h, y: layers[tap].add(h, y))
@@ -151,7 +156,7 @@ class _Layer:
     """`collapse` batch by batch: all are added once for the class means and, after project, again for the sum."""
 
     def __init__(self, h: Tensor, C: int):
-        """h: the output for one sample, (1, d)."""
+        """h: the output for one sample, (1, d), the same in all processes."""
         self.eps, self.row_bytes = torch.finfo(h.dtype).eps, h.nbytes
         # sums of float64 numbers far from 0 lose digits that those have, so that they start from one of them
         self.origin = h if h.dtype == torch.float64 else None
@@ -189,11 +194,12 @@ class _Layer:
 def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """The same samples in float64, less origin (1, d) if there is one.
 
-    Batches are joined or cut so that a copy has at most CHUNK_BYTES, ON_CUDA times that there, if not one row.
+    Batches are joined or cut so that a copy has at most CHUNK_BYTES, if not one row.
     """
-    B, d = batches[0][0].shape if batches else (1, 1)
-    most = CHUNK_BYTES * ON_CUDA if batches and batches[0][0].is_cuda else CHUNK_BYTES
-    rows = max(1, most // (8 * d))
+    if not batches:
+        return
+    B, d = batches[0][0].shape
+    rows = max(1, CHUNK_BYTES[batches[0][0].device.type] // (8 * d))
     together = max(1, rows // B)  # batches
     for i in range(0, len(batches), together):
         h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]
@@ -203,13 +209,10 @@ def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Ite
 
 def _labels(split, num_classes: int) -> Tensor:
     """(N,) int64, every class present."""
-    labels, N = getattr(split, "labels", None), len(split)
-    if not isinstance(labels, Tensor) or labels.shape != (N,) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"NC1: split.labels has to be a tensor of {N} integers, got {_what(labels)}")
+    labels = checks.labels(split, "NC1")
     if num_classes < 2:
         raise ValueError(f"NC1: num_classes has to be at least 2, got {num_classes}")
-    labels = labels.long()
-    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+    if not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(
             f"NC1: labels must lie in 0..{num_classes - 1}, got {labels.min().item()}..{labels.max().item()}"
         )
@@ -267,7 +270,7 @@ def _visit(run: Callable, taps: dict, names: list[str], batches: Iterable, visit
         for x, y in batches:  # noqa: B007 - the hooks use y
             calls.clear()
             with suppress(_Enough):
-                run(x)
+                run(x.clone())  # the split's own, perhaps, and the first layer may work in place
             for tap in names:
                 if (count := calls.count(tap)) != 1:
                     raise ValueError(f"NC1: layer {tap!r} is called {count} times in a forward pass, expected once")
@@ -282,23 +285,25 @@ def _features(tap: str, output: object, B: int) -> Tensor:
     good = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.numel()
     if not good or len(output) != B:
         raise ValueError(
-            f"NC1: layer {tap!r} gives {_what(output)}, expected a floating-point tensor of shape ({B}, ...)"
+            f"NC1: layer {tap!r} gives {checks.described(output)}, expected a floating-point tensor of shape ({B}, ...)"
         )
     return output.detach().movedim(1, -1).flatten(1)
 
 
-def _what(given: object) -> str:
-    tensor = isinstance(given, Tensor)
-    return f"{given.dtype} of shape {tuple(given.shape)}" if tensor else f"a {type(given).__name__}"
+def _layers(run: Callable, taps: dict[str, nn.Module], x: Tensor, C: int) -> dict[str, _Layer]:
+    """A _Layer for every tap, in the order in which the model calls them, from the inputs x of some samples.
 
-
-def _first_sample(run: Callable, taps: dict[str, nn.Module], split, labels: Tensor, C: int) -> dict[str, _Layer]:
-    """A _Layer for every tap, in order of depth: that in which the model calls them."""
-    layers: dict[str, _Layer] = {}
-
-    def visit(tap: str, h: Tensor, y: Tensor) -> None:
-        layers[tap] = _Layer(h.clone(), C)
-
-    x, _ = split.batch(torch.arange(1, device=labels.device))
-    _visit(run, taps, list(taps), [(x, labels[:1])], visit, stop=False)
-    return layers
+    Their outputs must not depend on the samples beside them, nor on when they are computed.
+    """
+    seen: list[dict[str, Tensor]] = []
+    for some in (x, x[::2]):
+        seen.append({})
+        batch = some, torch.zeros(len(some), dtype=torch.int64, device=x.device)
+        _visit(run, taps, list(taps), [batch], lambda tap, h, _: seen[-1].update({tap: h.clone()}), stop=False)
+    for tap, h in seen[0].items():
+        if not checks.alike(h[::2], seen[1][tap]):
+            raise ValueError(
+                f"NC1: layer {tap!r} gives a sample other outputs beside other samples, or other ones each time: "
+                "BatchNorm without running statistics, say, or dropout that is always on"
+            )
+    return {tap: _Layer(h[:1], C) for tap, h in seen[0].items()}

@@ -178,9 +178,9 @@ def bench_rank(args: argparse.Namespace) -> Iterator[Row]:
     """
     for nonlinearity in ("Tanh", "ReLU", "Sigmoid") if there(args.data_dir) else ():
         flags = ("-d", "FashionMNIST", "--data-dir", args.data_dir, "--train-size", "5000", "--epochs", "8", "--no-dib")
-        model, _, dataset, tables = trained(*flags, "-w", *["10"] * 8, "-nl", nonlinearity)
+        model, _, sets, tables = trained(*flags, "-w", *["10"] * 8, "-nl", nonlinearity)
         model, worst = model.double(), 0.0
-        for name, split in (("train", dataset.train), ("test", dataset.test)):
+        for name, split in sets.items():
             found = {row["layer"]: row for row in tables["nc1.csv"] if (row["epoch"], row["set"]) == ("8", name)}
             x, y = split.batch(torch.arange(len(split), device=DEVICE))
             h = x.double()
@@ -390,9 +390,8 @@ def bench_ranks() -> Iterator[Row]:
     yield medians("DIB MLP, two processes", "N 3481, splits 5, heads 12, epochs 30", pairs, 1 / 1.7)
 
 
-def trained(*options: str) -> tuple[nn.Sequential, Callable[[], nn.Sequential], data.Split, dict[str, list[dict]]]:
-    """A network as train.py leaves it, in eval mode, the constructor of such networks, the training set, the run's
-    tables."""
+def trained(*options: str) -> tuple[nn.Sequential, Callable, dict[str, data.Split], dict[str, list[dict]]]:
+    """A network as train.py leaves it, in eval mode, the constructor of such networks, the sets, the run's tables."""
     torch.set_num_threads(THREADS)  # train.py takes one thread for a small model, and so do its measures
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         options, tables = [*options, "--run-dir", f"{folder}/run"], {}
@@ -403,7 +402,7 @@ def trained(*options: str) -> tuple[nn.Sequential, Callable[[], nn.Sequential], 
             with open(f"{folder}/run/{name}") as file:
                 tables[name] = list(csv.DictReader(file))
     run.model.load_state_dict(state["model"])
-    return run.model.eval(), run.build, run.sets["train"], tables
+    return run.model.eval(), run.build, run.sets, tables
 
 
 def best_known(find: Callable[[heads.Tuned, int], torch.Tensor], steps: int, slow: bool) -> torch.Tensor:
@@ -467,7 +466,8 @@ def time_saved(
 
 
 def quality_of_mlp(slow: bool) -> Iterator[Row]:
-    model, build, split, _ = trained(*UNMEASURED)
+    model, build, sets, _ = trained(*UNMEASURED)
+    split = sets["train"]
     splits = models.splits(model)
     keys, targets = dib.label(split.labels, 2, 1, 0)
     steps = heads.steps(30, len(split))
@@ -527,7 +527,8 @@ def quality_of_mnistnet(data_dir: str, slow: bool) -> Iterator[Row]:
     if not there(data_dir):
         return
     of_data = ("-d", "FashionMNIST", "--data-dir", data_dir, "--train-size", "5000")
-    model, build, split, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
+    model, build, sets, _ = trained("-m", "MNISTNet", *of_data, "--epochs", "4", *UNMEASURED)
+    split = sets["train"]
     splits = models.splits(model, ["conv2", "hidden1"])
     _, targets = dib.label(split.labels, 10, 1, 0)
     steps = heads.steps(30, len(split))
@@ -613,7 +614,8 @@ def quality_of_convolutional(args: argparse.Namespace) -> Iterator[Row]:
         ("ResNet", "block6", (0.005, 0.01), "ratio >= 5"),
     ]
     for name, cut, goals, goal in cases:
-        model, build, split, _ = trained("-m", name, "-d", "bench", *UNMEASURED)
+        model, build, sets, _ = trained("-m", name, "-d", "bench", *UNMEASURED)
+        split = sets["train"]
         k = models.splits(model, [cut])[cut]
         keys, targets = dib.label(split.labels, 10, 1, 0)
         targets = targets[[keys.index((0, labeling)) for labeling in ("y", 1)]]

@@ -430,7 +430,9 @@ def test_refuses_batches(batch, message):
 
 def test_refuses_data_that_is_no_split():
     split = toy()
-    refused("samples must have labels and batch", split=torch.utils.data.TensorDataset(split.x, split.labels))
+    refused(
+        "samples must have len\\(\\), labels and batch", split=torch.utils.data.TensorDataset(split.x, split.labels)
+    )
     refused("for each of the 0 samples, at least one", split=Toy(split.x[:0], split.labels[:0]))
     refused("for each of the 50 samples", split=type("Fewer", (Toy,), {"__len__": lambda _: 50})(split.x, split.labels))
 

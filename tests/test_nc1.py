@@ -93,7 +93,7 @@ def test_batch_size_order_rotation_and_offset_change_nothing():
 def test_float64_in_chunks(monkeypatch):
     split = clusters(100, 12, 5)
     whole = of(split, 5)
-    monkeypatch.setattr(nc1, "CHUNK_BYTES", 8 * 12 * 7)
+    monkeypatch.setitem(nc1.CHUNK_BYTES, "cpu", 8 * 12 * 7)
     assert of(split, 5)[2] == pytest.approx(whole[2], rel=1e-12)
 
 
@@ -119,7 +119,7 @@ def test_second_pass_runs_only_as_far_as_needed():
         block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     taps = {"block3": model[2], "block1": model[0]}
     nc1.measure(model, taps, split, 3, batch_size=100, keep_bytes=200 * 6 * 4)  # block3 is kept, block1 is not
-    assert calls == [1 + 2 + 2, 1 + 2, 1 + 2, 1]  # one sample to see the shapes, two batches, two batches again
+    assert calls == [2 + 2 + 2, 2 + 2, 2 + 2, 2]  # some samples in two ways, two batches, two batches again
 
 
 def test_leaves_the_model_as_it_was():
@@ -282,14 +282,14 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("what", "given"),
     [
-        (lambda x: (x, x), "a tuple"),
-        (lambda x: {"x": x}, "a dict"),
-        (lambda x: x[:, 0], r"torch.float32 of shape \(1,\)"),
-        (lambda x: x[..., None].transpose(0, 1), r"torch.float32 of shape \(6, 1, 1\)"),
-        (lambda x: x[:, :0], r"torch.float32 of shape \(1, 0\)"),
-        (lambda x: x.long(), r"torch.int64 of shape \(1, 6\)"),
-        (lambda x: x > 0, r"torch.bool of shape \(1, 6\)"),
-        (lambda x: x + 1j, r"torch.complex64 of shape \(1, 6\)"),
+        (lambda x: (x, x), r"tuple of torch.float32 \(13, 6\) on cpu, .*"),
+        (lambda x: {"x": x}, "dict"),
+        (lambda x: x[:, 0], r"torch.float32 \(13,\) on cpu"),
+        (lambda x: x[..., None].transpose(0, 1), r"torch.float32 \(6, 13, 1\) on cpu"),
+        (lambda x: x[:, :0], r"torch.float32 \(13, 0\) on cpu"),
+        (lambda x: x.long(), r"torch.int64 \(13, 6\) on cpu"),
+        (lambda x: x > 0, r"torch.bool \(13, 6\) on cpu"),
+        (lambda x: x + 1j, r"torch.complex64 \(13, 6\) on cpu"),
     ],
 )
 def test_names_the_layer_that_gives_something_else(what, given):
@@ -299,9 +299,9 @@ def test_names_the_layer_that_gives_something_else(what, given):
 
 
 def test_names_the_layer_that_gives_a_part_of_the_batch():
-    """As a replica of DataParallel would; one sample is whole."""
+    """As a replica of DataParallel would."""
     model = nn.Sequential(Gives(lambda x: x[: max(1, len(x) // 2)]))
-    message = r"layer 'half' gives torch.float32 of shape \(10, 6\), expected a .* of shape \(20, ...\)"
+    message = r"layer 'half' gives torch.float32 \(6, 6\) on cpu, expected a .* of shape \(13, ...\)"
     with pytest.raises(ValueError, match=message):
         nc1.measure(model, {"half": model[0]}, clusters(50, 6, 3), 3, batch_size=20)
 
@@ -320,34 +320,93 @@ class Labeled(Toy):
 @pytest.mark.parametrize(
     ("change", "given"),
     [
-        (lambda y: y.tolist(), "a list"),
-        (lambda y: y.numpy(), "a ndarray"),
-        (lambda y: None, "a NoneType"),
-        (lambda y: y.float(), r"torch.float32 of shape \(50,\)"),
-        (lambda y: y[:, None], r"torch.int64 of shape \(50, 1\)"),
+        (lambda y: y.tolist(), "list"),
+        (lambda y: y.numpy(), "ndarray"),
+        (lambda y: None, "NoneType"),
+        (lambda y: y.float(), r"torch.float32 \(50,\) on cpu"),
+        (lambda y: y[:, None], r"torch.int64 \(50, 1\) on cpu"),
     ],
 )
 def test_says_what_labels_have_to_be(change, given):
     split = Labeled(*vars(clusters(50, 6, 3)).values())
     split.labels = change(split.labels)
-    with pytest.raises(ValueError, match=rf"split\.labels has to be a tensor of 50 integers, got {given}"):
+    with pytest.raises(
+        ValueError, match=rf"samples\.labels must be an integer tensor \(N,\) .* of the 50 samples.*, got {given}"
+    ):
         of(split, 3)
 
 
 def test_says_that_labels_are_missing():
     split = Labeled(*vars(clusters(50, 6, 3)).values())
     del split.labels
-    with pytest.raises(ValueError, match=r"split\.labels has to be a tensor of 50 integers, got a NoneType"):
+    with pytest.raises(ValueError, match=r"samples must have len\(\), labels and batch\(indices\), as .*, got Labeled"):
         of(split, 3)
 
 
 def test_refuses_batches_with_other_labels():
     split = clusters(50, 6, 3)
     noisy = split.labels.clone()
-    noisy[40] = (noisy[40] + 1) % 3
+    noisy[41] = (noisy[41] + 1) % 3
     split.batch = lambda indices: (split.x[indices], noisy[indices])
     with pytest.raises(ValueError, match=r"split.batch\(indices\) gives other labels than split.labels\[indices\]"):
         of(split, 3, batch_size=20)
+
+
+def test_refuses_what_is_no_dict_of_taps_and_no_batch():
+    model, split = nn.Sequential(nn.Linear(6, 6)), clusters(50, 6, 3)
+    with pytest.raises(ValueError, match="expected taps in a dict and batches of at least 1"):
+        nc1.measure(model, [model[0]], split, 3)
+    with pytest.raises(ValueError, match=r"batches of at least 1, got .* and 0"):
+        of(split, 3, batch_size=0)
+    for given in ({"x": split.x}, (split.x,), (split.x, split.labels.tolist())):
+        split.batch = lambda indices, given=given: given
+        with pytest.raises(ValueError, match=r"NC1: samples.batch\(indices\) must give two tensors"):
+            of(split, 3)
+
+
+def test_refuses_data_that_are_augmented():
+    split = clusters(50, 6, 3)
+    split.batch = lambda indices: (split.x[indices] + 0.1 * torch.randn(len(indices), 6), split.labels[indices])
+    with pytest.raises(ValueError, match=r"NC1: .* without augmentation, shuffling or sorting"):
+        of(split, 3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Gives(lambda x: torch.nn.functional.dropout(x, 0.5)),
+        nn.BatchNorm1d(6, track_running_stats=False),
+        Gives(lambda x: x - x.mean(0)),
+        Gives(lambda x: x[x[:, 0].argsort()]),
+    ],
+    ids=["dropout", "BatchNorm", "centred", "sorted"],
+)
+def test_refuses_layers_that_draw_or_mix_samples(layer):
+    model = nn.Sequential(nn.Linear(6, 6), layer)
+    with pytest.raises(ValueError, match="layer 'second' gives a sample other outputs beside other samples"):
+        nc1.measure(model, {"first": model[0], "second": model[1]}, clusters(50, 6, 3), 3)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, nc1.KEEP_BYTES])
+def test_a_first_layer_in_place_leaves_the_data_as_they_were(keep_bytes):
+    """Also those of a split that gives a part of them without a copy."""
+    split = clusters(50, 6, 3)
+    split.batch = lambda indices: (
+        (split.x[indices[0] : indices[-1] + 1], split.labels[indices[0] : indices[-1] + 1])
+        if len(indices) > 1 and (indices.diff() == 1).all()
+        else (split.x[indices], split.labels[indices])
+    )
+    model, before = nn.Sequential(Gives(lambda x: x.mul_(2).sub_(1)), nn.Linear(6, 5)), split.x.clone()
+    found = nc1.measure(model, {"first": model[0]}, split, 3, batch_size=20, keep_bytes=keep_bytes)["first"]
+    assert found.nc1 == pytest.approx(dense_nc1(before, split.labels, 3), rel=1e-6)  # which a scale and a shift leave
+    assert torch.equal(split.x, before)
+
+
+def test_autocast_around_it_changes_nothing():
+    split, model = clusters(50, 6, 3), three_blocks()
+    expected = nc1.measure(model, {"block2": model[1]}, split, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nc1.measure(model, {"block2": model[1]}, split, 3) == expected
 
 
 def test_refuses_one_class():
@@ -364,7 +423,7 @@ class Moody(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return x if self.calls == 3 else self.layer(x)  # one call is for one sample
+        return x if self.calls == 4 else self.layer(x)  # two calls are for some samples
 
 
 def test_refuses_a_tap_that_is_not_called_in_some_batch():
