@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import checks
 import dib
 from heads import Thesis, Tuned
 from tests.test_dib import toy
@@ -312,10 +313,25 @@ def test_refuses_models(build, splits, message):
     refused(message, build, splits, fresh=fresh)
 
 
-def test_refuses_a_hook_on_the_model_itself():
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_refuses_a_hook_on_the_model_itself(register):
     model = network()
-    model.register_forward_hook(lambda *of: 0 * of[2])
+    getattr(model, register)(lambda *of: None)
     refused("the model has a hook, which its slices would not have", model=model)
+
+
+def test_refuses_a_forward_set_on_the_model_itself():
+    model = network()
+    model.forward = lambda x: 0 * x
+    refused("the model has a forward of its own", model=model)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 0.1)])
+def test_outputs_are_alike_but_for_the_rounding_of_their_dtype(dtype, least):
+    """Of samples that do not differ, so that no spread among them covers for it."""
+    a = torch.ones(8, 5, dtype=dtype)
+    assert checks.alike(a, a * (1 + torch.finfo(dtype).eps))
+    assert not checks.alike(a, a * (1 + least))
 
 
 def test_a_tuple_between_splits_is_measured():

@@ -56,7 +56,7 @@ def test_nearly_collinear_means(offset, aside):
     assert value == pytest.approx(dense_nc1(split.x, y, 3), rel=1e-4)
 
 
-@pytest.mark.parametrize(("aside", "rank"), [(3e-7, 1), (3e-6, 2)])
+@pytest.mark.parametrize(("aside", "rank"), [(3e-7, 1), (1.4e-6, 1), (2e-6, 2), (3e-6, 2)])
 def test_directions_near_the_eps_of_the_largest_do_not_count(aside, rank):
     """Means -1 0, 1 0 and 0 aside: singular values sqrt(2) and sqrt(2/3) aside, the floor 8 x 1.2e-7 sqrt(2)."""
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, aside]])
