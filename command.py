@@ -27,9 +27,9 @@ class Parser(argparse.ArgumentParser):
     def end(self, status: int, message: str) -> None:
         """Exit with the message on one line, whatever characters of an argument it repeats.
 
-        What is refused with status 2 is refused by every process of a run, and said by the first alone.
+        What is refused with status 2 is refused by every process that torchrun started, and said by the first alone.
         """
-        if status == 2 and int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        if status == 2 and torch.distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
             sys.exit(status)
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         self.exit(status, f"{self.prog}: {line}\n")
@@ -54,7 +54,7 @@ def begin() -> None:
 
 def for_make(path: Path) -> str:
     """The path as an argument RUN=... on a command line, from which make hands it on to another shell."""
-    return shlex.quote(shlex.quote(str(path)))
+    return shlex.quote(shlex.quote(str(path))).replace("$", "$$")
 
 
 @dataclass

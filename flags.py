@@ -6,6 +6,7 @@ data and model are there, gives every flag that was left open the value that it 
 
 import argparse
 import ast
+import json
 import os
 import shutil
 import sysconfig
@@ -97,18 +98,19 @@ class Optimizer(argparse.Action):
             key, _, text = pair.partition("=")
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                json.dumps(value)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 raise argparse.ArgumentError(
                     self, f"expected options like momentum=0.9 or betas=0.9,0.99, got {pair!r}"
                 ) from None
             options[key] = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if "lr" in options:
             raise argparse.ArgumentError(self, "the learning rate is --learning-rate's, got lr as an option")
-        try:
-            OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr=LEARNING_RATE, **{"fused": True} | options)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise argparse.ArgumentError(self, f"torch.optim.{name} refuses {' '.join(pairs)}: {error}") from None
         args.optimizer, args.optimizer_options = name, options
+        try:
+            try_optimizer(args, torch.device("cpu"), steps=0)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 class Epochs(argparse.Action):
@@ -117,7 +119,7 @@ class Epochs(argparse.Action):
     def __call__(self, parser, args, words, flag=None) -> None:
         if words in (["all"], ["log"]):
             setattr(args, self.dest, words[0])
-        elif all(word.isascii() and word.isdigit() and int(word) < 2**63 for word in words):
+        elif all(word.isascii() and word.isdigit() and len(word) < 19 for word in words):
             setattr(args, self.dest, sorted(set(map(int, words))))
         else:
             raise argparse.ArgumentError(self, f"expected all, log or numbers of epochs from 0, got {' '.join(words)}")
@@ -180,10 +182,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags as given, else those of the recipe, else the defaults; ends the program on bad ones."""
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if args.recipe and not args.resume:  # a run that goes on has what it had
-        parser.set_defaults(**RECIPES[args.recipe])
+    if args.recipe:
+        recipe = dict(RECIPES[args.recipe])
+        if args.tune:  # which finds the rate
+            recipe.pop("learning_rate")
+        parser.set_defaults(**recipe)
         args = parser.parse_args(arguments)
-        published = RECIPES[args.recipe].get("model", args.model)
+        published = recipe.get("model", args.model)
         if args.model != published:
             parser.error(f"--recipe {args.recipe} is that of {published}, and the model is {args.model}")
     return args
@@ -274,6 +279,9 @@ def fill_in(args: argparse.Namespace, device: torch.device, dataset: data.Datase
     args.chosen = [name for name in ("compile", "device", "precision") if getattr(args, name) is None]
     args.device = device.type if ranks.world() > 1 else str(device)
     args.run_dir = str(run_folder(args))
+    if not args.tune:  # which finds it
+        args.learning_rate = args.learning_rate or LEARNING_RATE
+    try_optimizer(args, device, steps=2)
     args.compile = choose_compile(device, args.compile)
     args.precision = choose_precision(device, args.precision)
     refuse_small_batches(model, [len(dataset.train)], args.batch_size, ranks.world())
@@ -336,8 +344,23 @@ def choose_precision(device: torch.device, wanted: str | None) -> str:
 
 def optimizer_of(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
     """What makes an optimizer of parameters, and of lr where the flags have none yet."""
-    rate = {"lr": args.learning_rate} if args.learning_rate else {}
-    return partial(OPTIMIZERS[args.optimizer], **{"fused": True} | args.optimizer_options | rate)
+    options = dict(args.optimizer_options)
+    if not (options.get("foreach") or options.get("differentiable")):  # which cannot be fused
+        options.setdefault("fused", True)
+    return partial(OPTIMIZERS[args.optimizer], **options, **({"lr": args.learning_rate} if args.learning_rate else {}))
+
+
+def try_optimizer(args: argparse.Namespace, device: torch.device, steps: int) -> None:
+    """ValueError for options that torch refuses: when an optimizer is made, or only in its steps on the device."""
+    p = nn.Parameter(torch.zeros(1, device=device))
+    p.grad = torch.zeros_like(p)
+    try:
+        optimizer = optimizer_of(args)([p], **({} if args.learning_rate else {"lr": LEARNING_RATE}))
+        for _ in range(steps):
+            optimizer.step()
+    except Exception as error:  # of half a dozen kinds
+        options = " ".join(f"{name}={value}" for name, value in args.optimizer_options.items())
+        raise ValueError(f"torch.optim.{args.optimizer} refuses {options}: {' '.join(str(error).split())}") from None
 
 
 def schedule_of(

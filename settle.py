@@ -58,14 +58,16 @@ def write(folder: Path, rows: list[tuple]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="settle.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", type=Path, help="the folder of a run (the newest under runs/)")
-    folder = parser.parse_args(arguments).run
+    parser.add_argument("--device", help="as in train.py (that of the run, if it is to be had)")
+    given = parser.parse_args(arguments)
+    folder, device = given.run, ["--device", given.device] if given.device else []
     progress = Progress("settle.csv is as it was", "and the same command begins again")
     with one_line(parser, progress):
         folder = folder or newest()
         with runs.locked(folder):
             state = runs.load(folder)
             epoch, recorded = state["epoch"], state["hparams"]
-            args = flags.adopt(["--resume", "--run-dir", str(folder)], folder, recorded)
+            args = flags.adopt(["--resume", "--run-dir", str(folder), *device], folder, recorded)
             if not args.dib or epoch < flags.first_measured(args.measure_dib):
                 raise ValueError(f"{folder} holds no epoch in which DIB was measured")
             run, _ = train.prepare(args)

@@ -93,7 +93,7 @@ def train(run: Run, done: int) -> None:
                 train_epoch(run, forward, epoch)
             scores = evaluate(run, epoch)
             collapse = measure_nc1(run, epoch)
-            found = measure_dib(run, epoch, splits_in(run.args, epoch))
+            found = measure_dib(run, epoch)
             save(run, epoch, scores, collapse, found)
 
 
@@ -117,10 +117,10 @@ def in_training(run: Run) -> Iterator[nn.Module]:
 @timed("train")
 def train_epoch(run: Run, forward: nn.Module, epoch: int) -> None:
     """One pass over the training set; FloatingPointError for a step whose loss is not finite."""
-    args, split, device = run.args, run.sets["train"], run.device
+    args, samples, device = run.args, run.sets["train"], run.device
     autocast, _ = mixed_precision(device, args.precision)
     run.model.train()
-    order = torch.randperm(len(split)).to(device, non_blocking=True)
+    order = torch.randperm(len(samples)).to(device, non_blocking=True)
     ranks.from_first(order)
     if ranks.rank() > 0:  # layers that draw are to draw something else for each share of a batch
         torch.manual_seed(hash((args.seed, epoch, ranks.rank())))
@@ -129,7 +129,7 @@ def train_epoch(run: Run, forward: nn.Module, epoch: int) -> None:
     finite = torch.ones(len(batches), dtype=torch.bool, pin_memory=device.type == "cuda")
     for step, indices in enumerate(bar(batches, desc="training", delay=1)):
         mine = indices.tensor_split(ranks.world())[ranks.rank()]
-        x, y = split.batch(mine)
+        x, y = samples.batch(mine)
         with autocast():
             # gradients are averaged over the processes, whose shares of the batch may differ by one sample
             loss = F.cross_entropy(forward(x), y) * (len(mine) * ranks.world() / len(indices))
@@ -149,7 +149,7 @@ def train_epoch(run: Run, forward: nn.Module, epoch: int) -> None:
 def evaluate(run: Run, epoch: int) -> dict[str, tuple[float, float]]:
     """{set: (loss, accuracy)}, and the model in eval mode; FloatingPointError where the training loss is not finite."""
     run.model.eval()
-    scores = {name: score(run.model, split, run.args.batch_size) for name, split in run.sets.items()}
+    scores = {name: score(run.model, samples, run.args.batch_size) for name, samples in run.sets.items()}
     if not isfinite(scores["train"][0]):
         raise FloatingPointError(
             f"the training loss is not finite after the last step of epoch {epoch}, "
@@ -159,17 +159,17 @@ def evaluate(run: Run, epoch: int) -> dict[str, tuple[float, float]]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, split: data.Split, batch_size: int) -> tuple[float, float]:
+def score(model: nn.Module, samples: data.Split, batch_size: int) -> tuple[float, float]:
     """Mean cross-entropy in nats and share of samples classified right, of a model in eval mode."""
-    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
-    right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    for indices in ranks.share(torch.arange(len(split), device=split.labels.device).split(batch_size)):
-        x, y = split.batch(indices)
+    loss = torch.zeros((), dtype=torch.float64, device=samples.labels.device)
+    right = torch.zeros((), dtype=torch.int64, device=samples.labels.device)
+    for indices in ranks.share(torch.arange(len(samples), device=samples.labels.device).split(batch_size)):
+        x, y = samples.batch(indices)
         logits = model(x)
         loss += F.cross_entropy(logits, y, reduction="sum")
         right += (logits.argmax(1) == y).sum()
     ranks.add_up(loss, right)
-    return loss.item() / len(split), right.item() / len(split)
+    return loss.item() / len(samples), right.item() / len(samples)
 
 
 @timed("NC1")
@@ -201,19 +201,23 @@ def splits_in(args: argparse.Namespace, epoch: int) -> list[str]:
 
 
 @timed("DIB")
-def measure_dib(run: Run, epoch: int, splits: list[str], factor: int = 1) -> list[tuple[str, str, dib.Head]]:
-    """(set, split, head) of all heads of these splits, trained for so many times the steps that the flags give."""
+def measure_dib(
+    run: Run, epoch: int, splits: list[str] | None = None, factor: int = 1
+) -> list[tuple[str, str, dib.Head]]:
+    """(set, split, head) of all heads of these splits, or those of the epoch, trained for so many times the steps that
+    the flags give."""
     args, rows = run.args, []
+    splits = splits_in(args, epoch) if splits is None else splits
     if args.heads == "thesis":
-        recipe = heads.Thesis(flags.optimizer_of(args), factor * args.dib_epochs, args.precision == "bfloat16")
+        how = heads.Thesis(flags.optimizer_of(args), factor * args.dib_epochs, args.precision == "bfloat16")
         batch_size = args.batch_size
     else:
-        recipe, batch_size = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr), heads.BATCH
+        how, batch_size = heads.Tuned(factor * dib_steps(args, "train"), args.dib_lr), heads.BATCH
     names = {k: name for name, k in models.splits(run.model, splits).items()}
     options = {"labelings": args.labelings, "seed": args.seed, "model_epoch": epoch}
     for name in args.sets if names else []:
         samples = run.dib_sets[name]
-        measure = partial(dib.measure_splits, run.model, names, samples, run.num_classes, run.build, recipe, **options)
+        measure = partial(dib.measure_splits, run.model, names, samples, run.num_classes, run.build, how, **options)
         keep_bytes = devices.bytes_to_keep(run.device)
         found = within_memory(f"DIB of the {name} set", measure, batch_size, keep_bytes)
         rows += [(name, names[k], head) for k, of_split in found.items() for head in of_split]
@@ -326,7 +330,6 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[tuple]]:
             name: split.some(args.dib_size, dataset.num_classes, what.format(name)) for name, split in dib_sets.items()
         }
     tried = range_test(args, device, model, dataset.train) if args.tune and not args.resume else []
-    args.learning_rate = args.learning_rate or flags.LEARNING_RATE
     optimizer = flags.optimizer_of(args)([p for p in model.parameters() if p.requires_grad])
     schedule = flags.schedule_of(args, optimizer, args.epochs * ceil(len(dataset.train) / args.batch_size))
     _, scaler = mixed_precision(device, args.precision)
@@ -334,12 +337,12 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[tuple]]:
     return run, tried
 
 
-def range_test(args: argparse.Namespace, device: torch.device, model: nn.Module, split: data.Split) -> list[tuple]:
+def range_test(args: argparse.Namespace, device: torch.device, model: nn.Module, samples: data.Split) -> list[tuple]:
     """The rows of lr_range.csv; args gets the learning rate that is found."""
     if args.learning_rate:
         raise ValueError(f"--learning-rate {args.learning_rate:g} is given, and --tune is to find it")
     precision = mixed_precision(device, args.precision)
-    steps = lr_range.sweep(model, split, flags.optimizer_of(args), args.batch_size, *precision)
+    steps = lr_range.sweep(model, samples, flags.optimizer_of(args), args.batch_size, *precision)
     steps = ranks.told_by_first(steps)
     best = lr_range.steepest(steps)
     args.learning_rate = steps[best].learning_rate
@@ -348,12 +351,12 @@ def range_test(args: argparse.Namespace, device: torch.device, model: nn.Module,
 
 def main(arguments: list[str] | None = None) -> None:
     args = flags.parse(arguments)
-    folder, first, state = flags.run_folder(args), True, None
+    folder, state = flags.run_folder(args), None
     progress = Progress(f"finished epochs are kept in {folder}", "and the same command with --resume goes on from them")
     with one_line(flags.make_parser(), progress), ExitStack() as stack:
         ranks.join()
         first = ranks.rank() == 0  # the only process that writes
-        with ranks.together():
+        with ranks.together():  # what cannot be had is refused, and nothing is written
             if args.resume:
                 if first:
                     stack.enter_context(runs.locked(folder))
@@ -364,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
             run, tried = prepare(args)
             if state:
                 runs.restore(folder, state, run.device, run.parts)
-        with ranks.together():
+        with ranks.together():  # the folder is this process's from here on
             hparams = flags.hparams_of(run.args)
             if state and first:
                 runs.resume(folder, state, hparams, run.device, run.parts)

@@ -206,7 +206,8 @@ def fits(nc1: pd.DataFrame) -> pd.DataFrame:
         for keys, its in nc1[in_line(nc1)].groupby(["seed", "set", "epoch"])
         if len(its) > 2
     ]
-    return pd.DataFrame(found, columns=["seed", "set", "epoch", "slope", "start", "correlation"])
+    lines = pd.DataFrame(found, columns=["seed", "set", "epoch", "slope", "start", "correlation"])
+    return lines.sort_values("epoch", kind="stable")  # a seed may lack the first ones
 
 
 def fit(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:

@@ -61,7 +61,7 @@ def downloads(groups: list[Group]) -> list[tuple[str, str]]:
 def write(groups: list[Group], folder: Path) -> None:
     text = page(groups)
     folder.mkdir(parents=True, exist_ok=True)
-    tables.put(folder / "report.html", text.encode())
+    tables.put(folder / "report.html", text.encode(errors="replace"))
     print(folder / "report.html")
 
 

@@ -73,11 +73,15 @@ def epoch_axis(axis: Axes, log: bool) -> None:
     """Ticks at whole epochs; on a log axis, epoch 0 stands beside epoch 1."""
     if log:
         axis.set_xscale("symlog", linthresh=1, linscale=0.4)
-        axis.xaxis.set_major_locator(FixedLocator([0, *(10**power for power in range(7))]))
+        low, high = axis.get_xlim()
+        powers = [0, *(10**power for power in range(7))]
+        if sum(low <= tick <= high for tick in powers) < 3:
+            powers = [0, *(each * 10**power for power in range(7) for each in (1, 2, 3, 5, 7))]
+        axis.xaxis.set_major_locator(FixedLocator(powers))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_locator(NullLocator())
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def steps(axis: Axes, there: ArrayLike) -> None:

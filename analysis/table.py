@@ -145,9 +145,9 @@ def write(groups: list[Group], folder: Path) -> None:
     text = "\n".join(
         f"**{title}**\n\n{markdown(table)}" + (f"\n{note}\n" if note else "") for title, table, note in found
     )
-    tables.put(folder / "table.md", text.encode())
+    tables.put(folder / "table.md", text.encode(errors="replace"))
     tex = "\n".join(f"% {title}\n" + (f"% {note}\n" if note else "") + latex(table) for title, table, note in found)
-    tables.put(folder / "table.tex", f"% needs \\usepackage{{booktabs}}\n\n{tex}".encode())
+    tables.put(folder / "table.tex", f"% needs \\usepackage{{booktabs}}\n\n{tex}".encode(errors="replace"))
     print(text)
     print(folder / "table.md", folder / "table.tex", sep="\n")
 

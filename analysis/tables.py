@@ -28,8 +28,8 @@ COUNTS = ("epoch", "factor", "steps")
 # Of these together no two rows have the same.
 KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
 # How long, where and with what a run was made, which does not change what an epoch of it is.
-ELSEWHERE = ("epochs", "run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
-FOLLOWS = ("num_classes", "dib_samples", "chosen")  # what follows from other flags
+ELSEWHERE = ("run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
+FOLLOWS = ("num_classes", "dib_samples", "chosen", "recipe")  # what follows from other flags, or says them again
 INPUT = "input"  # the layer before the first, measured once
 BEATEN = 1e-3  # bits: a head whose loss is further above what is known to be possible was not found
 MEAN_SD = "mean ± sd of "
@@ -125,8 +125,12 @@ def script(description: str, write: Callable[[list[Group], Path], None], argumen
 def put(path: Path, content: bytes) -> None:
     """Write a file, or leave the old one as it is."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def refuse(reason: object) -> NoReturn:
@@ -181,7 +185,8 @@ def settings(hparams: dict) -> dict:
     from the others.
     """
     found = ("learning_rate",) if hparams.get("tune") else ()
-    beside = ("seed", *ELSEWHERE, *FOLLOWS, *found)
+    length = ("epochs",) if hparams.get("schedule", "constant") == "constant" else ()  # on which other schedules depend
+    beside = ("seed", *ELSEWHERE, *FOLLOWS, *found, *length)
     return {
         name: value
         for name, value in hparams.items()
@@ -259,7 +264,7 @@ def read(run: Path) -> dict[str, pd.DataFrame]:
         tables[name] = read_table(path, columns) if there else pd.DataFrame(columns=columns)
         if there and name in OPTIONAL and tables[name].empty:
             raise ValueError(f"{path}, line 2: there is none, expected a {OPTIONAL[name]}")
-    if tables["epochs"].empty and tables["lr_range"].empty:
+    if finished(tables) < 0 and tables["lr_range"].empty:
         raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
     return tables
 

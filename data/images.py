@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ def _refuse_others(name: str, folder: Path, download: bool) -> None:
             continue
         if not download:
             raise ValueError(f"{path} is not the file that {name} has there: run once with --download to fetch it anew")
-        path.replace(path.with_name(f"{file}.other"))
+        aside = path.with_name(f"{file}.other")
+        print(f"{path} is not the file that {name} has there: it is kept as {aside.name}", file=sys.stderr)
+        path.replace(aside)
 
 
 def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:

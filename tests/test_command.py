@@ -116,19 +116,18 @@ def test_a_file_system_without_locks_or_flushes_is_said_and_used(tmp_path, monke
 
 def test_the_command_that_is_printed_works_where_the_path_has_spaces(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main([*TINY, "--no-dib", "--run-dir", "a run's folder"])
+    train.main([*TINY, "--no-dib", "--run-dir", "a run's $folder"])
     command = capsys.readouterr().out.splitlines()[-1].split("; ")[1].removesuffix(" draws it")
     makefile = "plots:\n\t@printf '%s\\n' $(RUN)\n"
     (tmp_path / "Makefile").write_text(makefile)
-    assert subprocess.run(command, shell=True, capture_output=True, text=True).stdout == "a run's folder\n"
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stdout == "a run's $folder\n"
 
 
-@pytest.mark.parametrize(("world", "said"), [(None, 1), ("1", 1), ("4", 0)])
-def test_a_rank_of_something_else_hides_nothing(monkeypatch, capsys, world, said):
-    """Of several processes the first one says what is refused."""
+@pytest.mark.parametrize(("name", "said"), [("WORLD_SIZE", 1), ("TORCHELASTIC_RUN_ID", 0)])
+def test_a_rank_of_something_else_hides_nothing(monkeypatch, capsys, name, said):
+    """Of the processes that torchrun started the first one says what is refused."""
     monkeypatch.setenv("RANK", "3")
-    if world:
-        monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv(name, "4")
     with pytest.raises(SystemExit) as end:
         train.main(["--epochs", "0"])
     assert end.value.code == 2

@@ -241,6 +241,26 @@ def test_the_law_over_epochs_is_that_of_the_lines_by_depth(tmp_path):
     assert "law" not in gallery.names(groups([few]))  # a line through two layers says nothing
 
 
+def test_a_seed_that_lacks_early_epochs_leaves_the_law_in_order(tmp_path):
+    """Where fewer than three of its layers have full rank."""
+    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
+    path = runs[0] / "nc1.csv"
+    path.write_text("".join(row for row in path.read_text().splitlines(True) if not row.startswith("1,train,hidden3")))
+    slopes, _ = axes(gallery.figure("law", groups(runs)))
+    assert line(slopes, "train").get_xdata().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [([0], [0]), ([3], [3]), ([0, 5, 9], [0, 1, 10]), ([3, 4, 7], [3, 5, 7])]
+)
+def test_epochs_have_ticks_whichever_were_measured(epochs, expected):
+    axis = plt.figure().subplots()
+    axis.plot(epochs, epochs)
+    style.epoch_axis(axis, log=len(epochs) > 1)
+    low, high = sorted(axis.get_xlim())
+    assert [tick for tick in axis.get_xticks() if low <= tick <= high] == expected
+
+
 def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
     runs = [
         measured(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)

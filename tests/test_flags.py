@@ -67,9 +67,16 @@ def test_momentum_and_decay_do_what_torch_says(tmp_path):
         (["SGD", "momentum=-1"], "torch.optim.SGD refuses momentum=-1: Invalid momentum value: -1"),
         (["SGD", "nesterov=True"], "torch.optim.SGD refuses nesterov=True: Nesterov momentum requires a momentum"),
         (["Adam", "betas=0.9"], "torch.optim.Adam refuses betas=0.9: "),
-        (["Adam", "betas=0.9,2"], "torch.optim.Adam refuses betas=0.9,2: Invalid beta parameter at index 1: 2"),
+        (["Adam", "betas=0.9,2"], "torch.optim.Adam refuses betas=[0.9, 2]: Invalid beta parameter at index 1: 2"),
         (["SGD", "momentum"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'momentum'"),
         (["SGD", "momentum=fast"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'momentum=fast'"),
+        (
+            ["AdamW", "fused=False", "capturable=True"],
+            "torch.optim.AdamW refuses fused=False capturable=True: If captur",
+        ),
+        (["SGD", "dampening='x'"], "torch.optim.SGD refuses dampening=x: "),
+        (["SGD", "dampening=1j"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'dampening=1j'"),
+        (["Adam", "betas={}"], "torch.optim.Adam refuses betas={}: "),
         (["SGD", "lr=0.1"], "the learning rate is --learning-rate's, got lr as an option"),
         (["Lion", "momentum=0.9"], "invalid choice: 'Lion'"),
     ],
@@ -77,6 +84,20 @@ def test_momentum_and_decay_do_what_torch_says(tmp_path):
 def test_refuses_options_that_torch_refuses(tmp_path, capsys, options, message):
     assert message in refusal(capsys, *SMALL, "-opt", *options, "--run-dir", str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["foreach=True", "fused=False", "maximize=False"])
+def test_options_of_how_torch_computes_are_taken(tmp_path, option):
+    train.main([*SHORT, "-opt", "SGD", option, "--epochs", "1", "--run-dir", str(tmp_path / "run")])
+    assert bool(group_of(tmp_path / "run")["fused"]) == (option == "maximize=False")
+
+
+def test_a_run_steps_its_schedule(tmp_path):
+    """After every training step, as many as there are."""
+    train.main([*SHORT, "--schedule", "cosine", "--epochs", "4", "--run-dir", str(tmp_path / "run")])
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["schedule"]["last_epoch"] == 4 * 4  # of 64 samples in batches of 16
+    assert group_of(tmp_path / "run")["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def rates(schedule: str, steps: int) -> list[float]:
@@ -148,6 +169,20 @@ def test_a_recipe_sets_what_is_not_given(tmp_path):
     train.main(["--recipe", "papyan", "--run-dir", str(run), "--resume"])  # it has what it had
 
 
+def test_a_run_of_a_recipe_goes_on_by_the_same_command(tmp_path, monkeypatch, pictures):
+    """In the folder that the recipe's model names."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--recipe", "oikarinen", "-d", "CIFAR10", "--device", "cpu", "--no-dib"]
+    train.main(command)
+    train.main([*command, "--resume"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["MNISTNet-CIFAR10-seed0"]
+
+
+def test_a_range_test_finds_the_rate_of_a_recipe():
+    assert flags.parse(["--recipe", "papyan", "--tune"]).learning_rate is None
+    assert flags.parse(["--recipe", "papyan"]).learning_rate == 0.0679
+
+
 @pytest.mark.parametrize("name", flags.RECIPES)
 def test_every_recipe_is_of_flags_that_there_are(name):
     args, plain = flags.parse(["--recipe", name]), flags.parse([])
@@ -186,7 +221,9 @@ def test_only_the_chosen_epochs_are_measured(tmp_path):
     command = [*TINY, "--epochs", "5", "--run-dir", str(tmp_path / "run")]
     train.main([*command, "--measure", "3", "1", "5", "--measure-dib", "2", "3"])
     assert epochs_in(tmp_path / "run") == {"epochs": [0, 1, 2, 3, 4, 5], "nc1": [1, 3, 5], "dib": [2, 3]}
-    assert epochs_in(tmp_path / "run", split="input")["dib"] == [2]  # once, in the first that is measured
+    # once, in the first that is measured
+    assert epochs_in(tmp_path / "run", split="input")["dib"] == [2]
+    assert epochs_in(tmp_path / "run", layer="input")["nc1"] == [1]
     whole = tmp_path / "whole"
     train.main([*TINY, "--epochs", "5", "--run-dir", str(whole)])
     for name, columns in (("nc1.csv", ["epoch", "set", "layer"]), ("dib.csv", ["epoch", "set", "split", "labeling"])):

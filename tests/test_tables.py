@@ -124,6 +124,17 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     assert found[2].label == "MNISTNet on MNIST"
 
 
+def test_the_length_of_a_run_matters_where_its_schedule_depends_on_it(tmp_path):
+    for schedule, found in (("constant", 1), ("cosine", 2)):
+        runs = [
+            measured(
+                tmp_path / f"{schedule}{n}", LAYERS, n, epochs=n, schedule=schedule, recipe="papyan" if n == 2 else None
+            )
+            for n in (2, 3)
+        ]
+        assert len(tables.groups(runs)) == found
+
+
 def test_a_rate_that_was_found_does_not_set_runs_apart(tmp_path):
     runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, tune="first", learning_rate=seed) for seed in range(2)]
     assert len(tables.groups(runs)) == 1
