@@ -1,6 +1,7 @@
 """What a GPU shows: the tests of CUDA, then how long each part of a run takes there: `make check-gpu`.
 
-Writes gpu.csv, with the card's name, and ends with the same as a table. It needs no network, nothing but torch,
+Writes gpu.csv, with the card's name, and ends with the same as a table. A part that fails has a row without seconds
+that says why, the others go on, and the exit status is 1. It needs no network, nothing but torch,
 torchvision, numpy, pytest and tqdm, and by estimate under ten minutes on an H100. Images are CIFAR-10's where
 --data-dir has them, else random: no time depends on them. scaled: the seconds of 30 dib epochs, in proportion to the
 steps (rather too many, as what is done once is multiplied, too), or of the thesis run, of 15 epochs like the second.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -43,7 +45,7 @@ LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contigu
 class Row(NamedTuple):
     what: str
     detail: str
-    seconds: float
+    seconds: float | None  # none of what failed
     scaled: float | None = None
     peak_mib: float | None = None  # of the device's memory
 
@@ -79,15 +81,17 @@ def precision(name: str) -> Iterator[None]:
         yield
 
 
-def tests() -> tuple[int, Row]:
-    """Those of test_cuda.py, in a process of their own: its exit status and last line."""
+def tests() -> Iterator[Row]:
+    """Those of test_cuda.py, in a process of their own: its last line."""
     command = [sys.executable, "-m", "pytest", "-v", "-m", "", "tests/test_cuda.py"]
     start, last = time.perf_counter(), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip(" =\n") or last
-    return process.returncode, Row("tests", last, time.perf_counter() - start)
+    yield Row("tests", last, time.perf_counter() - start)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, "pytest")
 
 
 def trained(bench: Bench, folder: str, *flags: str) -> None:
@@ -155,7 +159,7 @@ def decoders(bench: Bench) -> Iterator[Row]:
             for of_steps in PRECISIONS:
                 B = heads.BATCH if kind == "tuned" else bench.batch_size
                 steps = MEASURED * ceil(len(split) / B)
-                make = {"tuned": heads.Tuned, "thesis": partial(heads.Thesis, ADAMW, bfloat16=of_steps == "bfloat16")}
+                make = {"tuned": heads.Tuned, "thesis": partial(heads.Thesis, ADAMW, bfloat16=True)}  # where it is on
 
                 def measure(amount: int, make=make[kind], k=k, B=B) -> None:
                     # without the context that forbids TF32
@@ -186,6 +190,24 @@ def thesis_run(bench: Bench, dib_epochs: int) -> Iterator[Row]:
     first, second = ends[-2] - ends[-3], ends[-1] - ends[-2]
     detail = f"epochs of {first:.3f} and {second:.3f} s, {dib_epochs} dib epochs"
     yield Row(f"thesis run, {bench.name}", detail, seconds, seconds + (EPOCHS - MEASURED) * second, peak)
+
+
+def rows_of(name: str, part: Iterator[Row]) -> Iterator[Row]:
+    """Those of a part; where it fails, the last one says so."""
+    try:
+        yield from part
+        return
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        row = Row(name, f"failed: {reason(error)}", None)
+    yield row  # after the clause above, as the error holds on to the memory that the part had
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; where train.py has said it and exits, the error before."""
+    if isinstance(error, SystemExit) and error.__context__:
+        error = error.__context__
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def images(args: argparse.Namespace) -> tuple[str, tuple]:
@@ -237,19 +259,20 @@ def main(arguments: list[str] | None = None) -> None:
 
         def note(row: Row) -> None:
             rows.append(row)
-            print(f"{row.what}: {row.seconds:.3g} s", flush=True)
+            print(f"{row.what}: {row.detail if row.seconds is None else f'{row.seconds:.3g} s'}", flush=True)
             writer.writerow([card, torch.__version__, *row])
             file.flush()
 
-        status = 0
-        if args.tests:
-            status, row = tests()
-            note(row)
-        for part in (training(bench), collapse(bench), decoders(bench), thesis_run(bench, args.dib_epochs)):
-            for row in part:
-                note(row)
-    print(table(card, rows))
-    sys.exit(status)
+        parts = {"tests": tests()} if args.tests else {}
+        parts |= {"training": training(bench), "NC1": collapse(bench), "DIB": decoders(bench)}
+        parts["thesis run"] = thesis_run(bench, args.dib_epochs)
+        try:
+            for name, part in parts.items():
+                for row in rows_of(name, part):
+                    note(row)
+        finally:
+            print(table(card, rows))
+    sys.exit(int(any(row.seconds is None for row in rows)))
 
 
 def table(card: str, rows: list[Row]) -> str:

@@ -5,7 +5,8 @@
 
 It shows what depends on where tensors are, not on what computes them: that tensors of two devices are not mixed (which
 raises, as on CUDA), that nothing waits for the device where it must not (torch.cuda.set_sync_debug_mode("error") raises
-here, too), that what is drawn on the device comes from its own generator, that the code meant for CUDA runs.
+here, too, and for copies into memory that is not pinned, of which torch itself says nothing), that what is drawn on the
+device comes from its own generator, that the code meant for CUDA runs.
 It cannot show speed, memory, streams and races between them (a copy that does not block is over at once), numbers (they
 are the CPU's, and so are autocast's choice of operations and algorithms that repeat), torch.compile, or what happens
 inside one call of torch, in a module's C++ or a Python function of torch's own: only its arguments are looked at.
@@ -30,7 +31,8 @@ GIB = 2**30
 READS = {
     *("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__format__"),
     *("__repr__", "nonzero", "argwhere", "masked_select", "unique", "bincount", "equal", "allclose", "is_nonzero"),
-    *("repeat_interleave", "multinomial", "eigh", "linalg_eigh", "svd", "linalg_svd", "linalg_inv", "linalg_solve"),
+    *("repeat_interleave", "multinomial", "linalg_eigh", "linalg_eigvalsh", "svd", "linalg_svd", "linalg_svdvals"),
+    *("inverse", "linalg_inv", "linalg_solve", "linalg_cholesky", "pinverse", "linalg_pinv", "linalg_matrix_rank"),
 }
 # What takes tensors of several devices.
 ANY = {"copy_", "to", "cuda", "cpu", "__get__", "__set__", "__deepcopy__", "_has_compatible_shallow_copy_type", "save"}
@@ -39,6 +41,31 @@ DRAWS = re.compile("rand|uniform|normal|bernoulli|dropout|multinomial|exponentia
 
 def is_there(tensor: Tensor) -> bool:
     return hasattr(tensor.untyped_storage(), "looks_like_cuda")
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    return hasattr(tensor.untyped_storage(), "looks_pinned")
+
+
+def put_pinned(tensor: Tensor) -> Tensor:
+    if is_there(tensor):
+        raise RuntimeError("only tensors of the CPU can be pinned")
+    tensor.untyped_storage().looks_pinned = True
+    return tensor
+
+
+def copy_waits(to: Tensor, other: Tensor, non_blocking: bool = False) -> bool:
+    """Of a copy between devices: what is not to block waits, too, on its way into memory that is not pinned."""
+    return not non_blocking or not (is_there(to) or is_pinned(to))
+
+
+def reads(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether the call needs a value, or a shape that depends on values."""
+    if name == "where":  # of a condition alone: nonzero
+        return len(args) + len(kwargs) == 1
+    if name == "one_hot":  # as many classes as the labels have
+        return (args[1:] or (kwargs.get("num_classes", -1),))[0] == -1
+    return name in READS
 
 
 def put_there(result: Any) -> None:
@@ -69,24 +96,27 @@ class Lookalike(TorchFunctionMode):
             return bool(there)
         if name in ("to", "cuda", "cpu"):
             return self.move(name, *args, **kwargs)
+        if name == "is_pinned":
+            return is_pinned(args[0])
+        if name == "pin_memory":
+            return put_pinned(args[0] if there or is_pinned(args[0]) else args[0].clone())
         if there:
-            self.check(name, args, tensors, there, kwargs.get("non_blocking", False))
+            self.check(name, args, kwargs, tensors, there)
         device = kwargs.get("device")
         if device is None:
             on_cuda = bool(there) and not (name == "copy_" and not is_there(args[0]))
         else:
             on_cuda, kwargs["device"] = torch.device(device).type == "cuda", "cpu"
-            if on_cuda and name in ("tensor", "as_tensor") and not there:
-                self.wait("a copy to the device")
-        if kwargs.pop("pin_memory", False) and on_cuda:
-            raise RuntimeError("only tensors of the CPU can be pinned")
+        if on_cuda and (name == "new_tensor" or (name in ("tensor", "as_tensor") and not there)):
+            self.wait("a copy to the device")
+        pinned = kwargs.pop("pin_memory", False)
         with self.generator(kwargs.get("generator")) if on_cuda and DRAWS.search(name) else nullcontext():
             result = func(*args, **kwargs)
         if on_cuda:
             put_there(result)
-        return result
+        return put_pinned(result) if pinned else result
 
-    def check(self, name: str, args: tuple, tensors: list[Tensor], there: list[Tensor], non_blocking: bool) -> None:
+    def check(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor], there: list[Tensor]) -> None:
         """Raise for tensors of two devices, and note what waits: of a call with tensors there."""
         if name in ("numpy", "__array__"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -102,8 +132,7 @@ class Lookalike(TorchFunctionMode):
                 )
             self.wait("indices of the CPU")
         masked = indexing and any(leaf.dtype == torch.bool for leaf in tensors[1:])
-        copied = name == "copy_" and not non_blocking and len(there) < 2
-        if name in READS or masked or copied:
+        if reads(name, args, kwargs) or masked or (name == "copy_" and len(there) < 2 and copy_waits(*args, **kwargs)):
             self.wait(name)
 
     def move(self, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,6 +150,8 @@ class Lookalike(TorchFunctionMode):
         result = tensor.to(dtype=dtype or tensor.dtype, copy=copy or on_cuda != from_there, **options)
         if on_cuda:
             put_there(result)
+        elif from_there and non_blocking:  # torch does so: it waits for no copy that it has memory for
+            put_pinned(result)
         return result
 
     @contextmanager

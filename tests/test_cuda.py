@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dib
@@ -19,7 +20,7 @@ import lr_range
 import models
 import nc1
 import train
-from flags import PRECISIONS
+from flags import PRECISIONS, choose_compile
 from relabel import relabel
 from tests import lookalike
 from tests.toys import Toy, check_run, clusters
@@ -197,12 +198,20 @@ def test_heads_that_draw_repeat_and_leave_the_random_state():
 
 def every_case() -> Iterator[object]:
     """Models, precisions, compiled or not: on the look-alike nothing compiled, and few without waiting long."""
+    compiles = GPU and choose_compile(torch.device("cuda"), None)
     for model in models.ARCHITECTURES:
         for precision in PRECISIONS:
             fast = GPU or (model, precision) in FAST
             yield pytest.param(model, precision, "--no-compile", marks=[] if fast else [pytest.mark.slow])
-            if GPU and (precision == "bfloat16" or model == "MLP"):  # the compiler takes up to a minute for each
+            if compiles and (precision == "bfloat16" or model == "MLP"):  # the compiler takes up to a minute for each
                 yield model, precision, "--compile"
+
+
+@pytest.mark.parametrize("can_compile", [True, False])
+def test_what_is_compiled_is_tested_where_it_can_be(monkeypatch, can_compile):
+    monkeypatch.setitem(globals(), "GPU", True)
+    monkeypatch.setitem(globals(), "choose_compile", lambda *_: can_compile)
+    assert any("--compile" in getattr(case, "values", case) for case in every_case()) == can_compile
 
 
 @pytest.mark.parametrize(("model", "precision", "compiled"), list(every_case()))
@@ -321,17 +330,49 @@ def test_the_look_alike_tells_devices_apart_and_counts_waits(cuda):
             mixed()
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        there.sum().item()
+    cuda.waits.clear()
+
+
+@pytest.mark.skipif(GPU, reason="of the look-alike itself")
+def test_the_look_alike_counts_waits(cuda):
+    here, there = torch.arange(6.0), torch.arange(6.0).cuda()
+    labels, matrix = torch.arange(3).cuda(), torch.eye(3).cuda()
     waiting = [
+        lambda: torch.where(there > 2), lambda: F.one_hot(labels), lambda: F.one_hot(labels, num_classes=-1),
+        lambda: torch.linalg.cholesky(matrix), lambda: torch.linalg.pinv(matrix), matrix.inverse, matrix.pinverse,
+        lambda: torch.linalg.matrix_rank(matrix), lambda: torch.linalg.svdvals(matrix),
+        lambda: torch.linalg.eigvalsh(matrix), lambda: there.new_tensor([1.0]),
+        lambda: here.new_tensor([1.0], device="cuda"), lambda: here.copy_(there, non_blocking=True),
+        lambda: here[:2].copy_(there[:2], True), lambda: here.pin_memory().copy_(there),
         there.sum().item, there.tolist, there.cpu, here.cuda, lambda: bool(there.sum()), lambda: there[here.long()],
         lambda: there[there > 2], lambda: here.copy_(there), lambda: torch.tensor([1.0], device="cuda"),
     ]  # fmt: skip
     assert [waits_of(cuda, run) for run in waiting] == [1] * len(waiting)
     silent = [
-        lambda: here.to("cuda", non_blocking=True), lambda: here.copy_(there, non_blocking=True), lambda: there[2:4],
+        lambda: here.to("cuda", non_blocking=True), lambda: there.copy_(here, non_blocking=True), lambda: there[2:4],
         lambda: torch.zeros(3, device="cuda"), lambda: there.sum().add_(1), lambda: there[there.long()], there.double,
+        lambda: torch.where(there > 2, there, 0.0), lambda: F.one_hot(labels, 3),
+        lambda: F.one_hot(labels, num_classes=3), lambda: torch.linalg.cholesky_ex(matrix),
+        lambda: there.new_tensor([1.0], device="cpu"), lambda: here.new_tensor([1.0]),
+        lambda: here.pin_memory()[2:].copy_(there[2:], non_blocking=True),
+        lambda: torch.ones(6, pin_memory=True).copy_(there, non_blocking=True),
+        lambda: there.to("cpu", non_blocking=True),
     ]  # fmt: skip
     assert [waits_of(cuda, run) for run in silent] == [0] * len(silent)
-    torch.cuda.set_sync_debug_mode("error")
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        there.sum().item()
     cuda.waits.clear()
+
+
+@pytest.mark.skipif(GPU, reason="of the look-alike itself")
+def test_the_look_alike_pins_only_what_is_on_the_cpu(cuda):
+    here, there = torch.arange(6.0), torch.arange(6.0).cuda()
+    pinned = here.pin_memory()
+    assert torch.equal(pinned, here)
+    assert pinned.pin_memory() is pinned is not here
+    assert all(tensor.is_pinned() for tensor in (pinned, pinned[2:], there.to("cpu", non_blocking=True)))
+    assert not any(tensor.is_pinned() for tensor in (here, there, there.cpu()))
+    for pin in (there.pin_memory, lambda: torch.ones(3, device="cuda", pin_memory=True)):
+        with pytest.raises(RuntimeError, match="can be pinned"):
+            pin()
