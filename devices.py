@@ -25,6 +25,11 @@ def exact_float32() -> Iterator[None]:
             kind.fp32_precision = precision
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether training steps are in bfloat16 there by default: on a GPU that has it; a CPU has it, and gains little."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def bytes_to_keep(device: torch.device) -> int:
     """Of activations, in each of the measures: on CUDA a third of what is free, or torch holds and does not use."""
     if device.type != "cuda":

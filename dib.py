@@ -80,7 +80,7 @@ def measure_splits(
     enumerations of each class: the first in data order, the others in random orders that depend on seed alone. Heads
     draw their weights by seed, model_epoch, k and their labeling, their batches, the same for all, by seed and
     model_epoch. On CUDA fresh() is called with that device as torch's default, so weights are drawn there, others than
-    on a CPU, and heads may take their steps in bfloat16 (heads.BFLOAT16_ON). batch_size is that of training and of
+    on a CPU, and heads may take their steps in bfloat16 (devices.has_bfloat16). batch_size is that of training and of
     every pass. keep_bytes bounds the encodings that are kept; beyond it they are computed again at every step.
     Processes that torchrun started share the heads, and must all call.
     A decoder with nothing to train is measured as it is. The model, its modes and gradients and all global random

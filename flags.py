@@ -21,6 +21,7 @@ import torchvision
 from torch import nn
 
 import data
+import devices
 import heads
 import models
 import ranks
@@ -336,7 +337,7 @@ def choose_precision(device: torch.device, wanted: str | None) -> str:
     """By default bfloat16 where the GPU has it, float16 on another, float32 on a CPU."""
     if device.type != "cuda":
         return wanted or "float32"
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bfloat16 = devices.has_bfloat16(device)
     if wanted == "bfloat16" and not has_bfloat16:
         raise ValueError(f"--precision bfloat16 is not to be had on {device}: expected float32 or float16")
     return wanted or ("bfloat16" if has_bfloat16 else "float16")

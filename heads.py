@@ -21,15 +21,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models.convnext import LayerNorm2d
 from tqdm import tqdm
 
+import devices
 import ranks
 
 BATCH = 400  # samples in a step of tuned heads
 OPTIMUM_BYTES = 4 * 2**30  # of the features of a linear decoder
 RATE = 0.2  # of tuned heads, relative to the sizes of their parameters
 LEAST_BATCHES = 20  # of an epoch of tuned heads, however small the set
-# The devices where training steps of float32 heads are in bfloat16, if the recipe wants it and the device has it.
-# Statistics and losses are float32 in any case.
-BFLOAT16_ON = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
 
 ELEMENTWISE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
 NORMS = (nn.LayerNorm, LayerNorm2d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -466,9 +464,10 @@ def stacked(heads: dict[int, list[nn.Sequential]], params: dict[str, Tensor], en
 
 
 def autocast(bfloat16: bool, head: nn.Sequential) -> Callable:
-    """The context of a training step of such heads: bfloat16 where that is wanted and to be had."""
+    """The context of a training step of such heads: bfloat16 where that is wanted and to be had. Statistics and losses
+    are float32 in any case."""
     p = next(head.parameters(), None)
-    if not bfloat16 or p is None or p.dtype != torch.float32 or not BFLOAT16_ON.get(p.device.type, lambda: False)():
+    if not bfloat16 or p is None or p.dtype != torch.float32 or not devices.has_bfloat16(p.device):
         return nullcontext
     # no cache: within a caller's autocast it would go on with the weights of the first step
     return partial(torch.autocast, p.device.type, torch.bfloat16, cache_enabled=False)

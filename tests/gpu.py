@@ -75,7 +75,11 @@ def timed(run: Callable[[], object], factor: float | None = None) -> tuple[float
 @contextmanager
 def precision(name: str) -> Iterator[None]:
     """Products of float32 in TF32 or not, heads in bfloat16 or not."""
-    with devices.exact_float32(), patch.dict(heads.BFLOAT16_ON, clear=name != "bfloat16"):
+    lower = name == "bfloat16"
+    with (
+        devices.exact_float32(),
+        patch.object(devices, "has_bfloat16", devices.has_bfloat16 if lower else lambda _: False),
+    ):
         if name == "TF32":
             torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         yield

@@ -240,6 +240,24 @@ def test_training_steps_do_not_synchronise(tmp_path, pictures, monkeypatch):
     train.main([*flags, "--run-dir", str(tmp_path / "run")])
 
 
+def test_nc1_works_on_larger_chunks_on_cuda():
+    h, y = torch.zeros(8, 2**18), torch.zeros(8, dtype=torch.int64)  # 2 MiB a row in float64
+    assert [len(some) for some, _ in nc1._float64([(h, y)], None)] == [4, 4]
+    assert [len(some) for some, _ in nc1._float64([(h.cuda(), y.cuda())], None)] == [8]
+
+
+def test_a_constructor_that_fails_on_the_device_is_refused_in_a_sentence():
+    split = on_cuda(clusters(90, 6, 3))
+
+    def fresh() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(6, 3))
+        model.register_buffer("fixed", torch.randn(3, generator=torch.Generator().manual_seed(0)))
+        return model
+
+    with pytest.raises(ValueError, match=r"fresh\(\) fails where cuda:0 is torch's default device: "):
+        dib.measure(nn.Sequential(nn.Linear(6, 3)).cuda(), 0, split, 3, fresh)
+
+
 def test_heads_draw_on_the_device_what_each_would_draw_alone():
     head, x = convolutional().cuda().train(), torch.randn(90, 1, 5, 5).cuda()
     state = torch.cuda.get_rng_state()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import devices
 import heads
 import train
 from tests import gpu, lookalike
@@ -133,13 +134,13 @@ def test_the_table_is_shown_of_what_was_stopped(table, monkeypatch, capsys):
 
 
 def test_heads_are_timed_in_the_precision_that_the_row_names(monkeypatch):
-    monkeypatch.setitem(heads.BFLOAT16_ON, "cuda", lambda: True)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
     kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [kind.fp32_precision for kind in kinds]
     for name, of_products in (("float32", "ieee"), ("TF32", "tf32"), ("bfloat16", "ieee")):
         with gpu.precision(name):
             assert [kind.fp32_precision for kind in kinds] == [of_products] * 2
-            assert ("cuda" in heads.BFLOAT16_ON) == (name == "bfloat16")
+            assert devices.has_bfloat16(torch.device("cuda")) == (name == "bfloat16")
         assert [kind.fp32_precision for kind in kinds] == before
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
+import devices
 import dib
 import heads
 import models
@@ -150,12 +151,12 @@ def test_steps_in_bfloat16_end_with_a_pass_in_float32(build, shape, recipe, monk
     torch.manual_seed(0)
     expected = losses(torch.float32)
     assert seen == {True: {torch.float32}, False: {torch.float32}}
-    monkeypatch.setitem(heads.BFLOAT16_ON, "cpu", lambda: True)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
     assert losses(torch.float32) == pytest.approx(expected, abs=0.05)
     assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
     losses(torch.float64)
     assert seen == {True: {torch.float64}, False: {torch.float64}}
-    monkeypatch.setitem(heads.BFLOAT16_ON, "cpu", lambda: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     losses(torch.float32)
     assert seen == {True: {torch.float32}, False: {torch.float32}}
 
