@@ -227,7 +227,9 @@ def draw_law(fig: Figure, groups: list[Group]) -> None:
         for values, axis in zip(("slope", "correlation"), axes, strict=True):
             for each, look in style.colours(group.sets).items():
                 line = over_seeds(lines[lines["set"] == each], ["epoch"], values).set_index("epoch")
-                curve(axis, line, each, style.DASHES[each], look)
+                fewest, seeds = line["count"].min(), len(group.folders)
+                label = each if fewest == seeds else f"{each} ({fewest} to {seeds} seeds)"
+                curve(axis, line, label, style.DASHES[each], look)
             style.epoch_axis(axis, group.uneven)
             style.zero(axis)
             axis.set_xlabel("epoch")

@@ -247,7 +247,8 @@ def test_a_seed_that_lacks_early_epochs_leaves_the_law_in_order(tmp_path):
     path = runs[0] / "nc1.csv"
     path.write_text("".join(row for row in path.read_text().splitlines(True) if not row.startswith("1,train,hidden3")))
     slopes, _ = axes(gallery.figure("law", groups(runs)))
-    assert line(slopes, "train").get_xdata().tolist() == [1, 2, 3]
+    assert line(slopes, "train (1 to 2 seeds)").get_xdata().tolist() == [1, 2, 3]
+    assert line(slopes, "test").get_xdata().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
