@@ -146,7 +146,8 @@ def test_cifarnet_is_that_of_its_source():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ConvNeXt")) for name in models.ARCHITECTURES]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ResNet", "ConvNeXt"))) for name in models.ARCHITECTURES],
 )
 def test_heads_keep_nothing_of_the_trained_decoder(name, monkeypatch):
     """Every parameter and buffer of the trained model is 7; those of the heads are as at construction."""

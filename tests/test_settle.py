@@ -106,6 +106,7 @@ def test_what_fails_keeps_the_settle_csv_of_before(whole, capsys, monkeypatch): 
     assert (whole / "settle.csv").read_text() == "of before"
 
 
+@pytest.mark.slow  # as train.py's, which is not
 def test_a_signal_ends_it_in_one_line(tmp_path):
     train.main([*TINY, "--epochs", "1", "--dib-epochs", "20", "--run-dir", str(tmp_path / "run")])
     command = [sys.executable, "-u", str(ROOT / "settle.py"), str(tmp_path / "run")]

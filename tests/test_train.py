@@ -157,15 +157,13 @@ def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monk
     assert "  heads beaten train 33.3%, test 0.0%  " in capsys.readouterr().out
 
 
-FLOAT16_IS_SLOW = [("float16", "CIFARNet"), ("float16", "ResNet")]  # on a CPU
+LOWER_IS_SLOW = [("float16", "CIFARNet"), ("float16", "ResNet"), ("bfloat16", "ResNet")]  # on a CPU
 
 
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
-        pytest.param(
-            m, p, marks=[pytest.mark.slow] * (m == "ConvNeXt" or (p == "float16" and m in ("CIFARNet", "ResNet")))
-        )
+        pytest.param(m, p, marks=[pytest.mark.slow] * (m == "ConvNeXt" or (p, m) in LOWER_IS_SLOW))
         for m in models.ARCHITECTURES
         for p in PRECISIONS
     ],
@@ -175,7 +173,7 @@ def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, 
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m == "ConvNeXt")) for m in models.ARCHITECTURES]
+    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("ResNet", "ConvNeXt"))) for m in models.ARCHITECTURES]
 )
 def test_two_epochs_on_grey_images(tmp_path, pictures, model):
     tables = run(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
