@@ -103,7 +103,7 @@ def constructor(model: nn.Sequential, made: nn.Sequential, again: nn.Sequential,
             if t.numel() and not untouched and t.untyped_storage().data_ptr() in places:
                 raise ValueError(f"DIB: fresh() must build the network anew, and {name} is that of {which}")
     twice = tensors(again[k:])
-    drawn = [name for name, t in anew.items() if t.requires_grad and (t != t.flatten()[0]).any()]
+    drawn = [name for name, t in anew.items() if t.requires_grad and t.numel() and (t != t.flatten()[0]).any()]
     if drawn and all(torch.equal(anew[name], twice[name]) for name in drawn):
         raise ValueError("DIB: fresh() must draw weights from torch's global generators, and gives the same ones twice")
 

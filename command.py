@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
         What is refused with status 2 is refused by every process that torchrun started, and said by the first alone.
         """
-        if status == 2 and torch.distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        if status == 2 and "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
             sys.exit(status)
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         self.exit(status, f"{self.prog}: {line}\n")

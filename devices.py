@@ -12,7 +12,7 @@ KEEP_BYTES = 4 * 2**30  # on a CPU
 def exact_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32 on CUDA, too, not in TF32; afterwards as it was found.
 
-    Within, torch refuses to read these settings by their older names (allow_tf32), as it does where both are used.
+    Within, torch may refuse to read these settings by their older names (allow_tf32), as where both are used.
     """
     kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     found = [kind.fp32_precision for kind in kinds]

@@ -361,7 +361,8 @@ def try_optimizer(args: argparse.Namespace, device: torch.device, steps: int) ->
             optimizer.step()
     except Exception as error:  # of half a dozen kinds
         options = " ".join(f"{name}={value}" for name, value in args.optimizer_options.items())
-        raise ValueError(f"torch.optim.{args.optimizer} refuses {options}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"torch.optim.{args.optimizer} refuses {options or 'a step'}: {reason}") from None
 
 
 def schedule_of(

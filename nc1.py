@@ -92,38 +92,38 @@ def projection(means: Tensor, counts: Tensor, eps: float, origin: Tensor | None 
 def measure(
     model: nn.Module,
     taps: dict[str, nn.Module],
-    split,
+    samples,
     num_classes: int,
     batch_size: int = 400,
     keep_bytes: int = KEEP_BYTES,
 ) -> dict[str, Collapse]:
-    """NC1 of every tap on one split: what `collapse` gives for its outputs, whatever the batch size.
+    """NC1 of every tap of some samples: what `collapse` gives for its outputs, whatever the batch size.
 
-    taps: modules of the model, each called once a forward pass with an output (B, ...). split: len(), .labels (N,) of
-    integers, .batch(indices) -> (inputs, labels), the same at every call. The model is measured in eval mode with the
-    weights it has, and left in the mode it was in; a network of PLAIN layers alone and up to SMALL float32 parameters
-    runs in float64. The value has no unit. Activations of the deepest taps are kept for the second pass as far as
-    keep_bytes allows; for the others the model runs again, no deeper than needed. Processes that torchrun started share
-    the batches, and must all call.
+    taps: modules of the model, each called once a forward pass with an output (B, ...). samples: len(), .labels (N,) of
+    integers, .batch(indices) -> (inputs, labels), on the labels' device, the same whenever and in whatever order they
+    are asked for. The model is measured in eval mode with the weights it has, and left in the mode it was in; a network
+    of PLAIN layers alone and up to SMALL float32 parameters runs in float64. The value has no unit. Activations of the
+    deepest taps are kept for the second pass as far as keep_bytes allows; for the others the model runs again, no
+    deeper than needed. Processes that torchrun started share the batches, and must all call.
     Raises ValueError for labels that are not such a tensor or not those of the batches, lie outside 0 .. C - 1 or leave
     a class without samples, and naming the layer for a tap not called exactly once, and for outputs that are not
     floating-point tensors, have no row for each sample, depend on the samples beside it, or are not finite.
     """
     if not isinstance(taps, dict) or batch_size < 1:
         raise ValueError(f"NC1: expected taps in a dict and batches of at least 1, got {type(taps)} and {batch_size}")
-    labels = _labels(split, num_classes)
+    labels = _labels(samples, num_classes)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.autocast(labels.device.type, enabled=False):
-            return _measure(_in_float64(model), taps, split, labels, num_classes, batch_size, keep_bytes)
+            return _measure(_in_float64(model), taps, samples, labels, num_classes, batch_size, keep_bytes)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _measure(run, taps, split, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
-    layers = _layers(run, taps, checks.inputs(split, labels, "NC1"), C)
+def _measure(run, taps, samples, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
+    layers = _layers(run, taps, checks.inputs(samples, labels, "NC1"), C)
     by_depth = list(layers)
     for tap in reversed(by_depth):
         needed = len(labels) * layers[tap].row_bytes
@@ -131,7 +131,7 @@ def _measure(run, taps, split, labels, C, batch_size, keep_bytes) -> dict[str, C
             break  # the passes have to go through what lies before anyway
         layers[tap].keeps, keep_bytes = True, keep_bytes - needed
 
-    batches = _batches(split, labels, batch_size, "NC1 class means")
+    batches = _batches(samples, labels, batch_size, "NC1 class means")
     _visit(run, taps, by_depth, batches, lambda tap, h, y: layers[tap].add(h, y))
     for layer in layers.values():
         layer.add_sums(layer.kept)
@@ -146,7 +146,7 @@ def _measure(run, taps, split, labels, C, batch_size, keep_bytes) -> dict[str, C
         layer.add_distances(layer.kept)
     again = [tap for tap in by_depth if not layers[tap].keeps]
     if again:
-        batches = _batches(split, labels, batch_size, "NC1 distances")
+        batches = _batches(samples, labels, batch_size, "NC1 distances")
         _visit(run, taps, again, batches, lambda tap, h, y: layers[tap].add_distances([(h, y)]))
     ranks.add_up(*(layer.total for layer in layers.values()))
     return {tap: layers[tap].result(len(labels), C) for tap in taps}
@@ -156,7 +156,7 @@ class _Layer:
     """`collapse` batch by batch: all are added once for the class means and, after project, again for the sum."""
 
     def __init__(self, h: Tensor, C: int):
-        """h: the output for one sample, (1, d), the same in all processes."""
+        """h: the output for one sample, (1, d); of several processes that of the first counts."""
         self.eps, self.row_bytes = torch.finfo(h.dtype).eps, h.nbytes
         # sums of float64 numbers far from 0 lose digits that those have, so that they start from one of them
         self.origin = h if h.dtype == torch.float64 else None
@@ -199,7 +199,7 @@ def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Ite
     if not batches:
         return
     B, d = batches[0][0].shape
-    rows = max(1, CHUNK_BYTES[batches[0][0].device.type] // (8 * d))
+    rows = max(1, CHUNK_BYTES.get(batches[0][0].device.type, CHUNK_BYTES["cpu"]) // (8 * d))
     together = max(1, rows // B)  # batches
     for i in range(0, len(batches), together):
         h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]
@@ -207,9 +207,9 @@ def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Ite
             yield some_h.double() if origin is None else some_h - origin, some_y
 
 
-def _labels(split, num_classes: int) -> Tensor:
+def _labels(samples, num_classes: int) -> Tensor:
     """(N,) int64, every class present."""
-    labels = checks.labels(split, "NC1")
+    labels = checks.labels(samples, "NC1")
     if num_classes < 2:
         raise ValueError(f"NC1: num_classes has to be at least 2, got {num_classes}")
     if not (0 <= labels.min() and labels.max() < num_classes):
@@ -235,16 +235,16 @@ def _in_float64(model: nn.Module) -> Callable:
     return lambda x: functional_call(model, params, (x.double(),))
 
 
-def _batches(split, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(samples, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs, classes y (B,)) in data order, this process's share; a bar where it takes long and somebody looks."""
     shares = ranks.share(torch.arange(len(labels), device=labels.device).split(batch_size))
     differ = torch.zeros((), dtype=torch.bool, device=labels.device)
     for indices in tqdm(shares, title, leave=False, disable=None, delay=1):
-        x, y = split.batch(indices)
-        differ |= (torch.as_tensor(y, device=labels.device) != labels[indices]).any()
+        x, y = samples.batch(indices)
+        differ |= (y != labels[indices]).any()
         yield x, labels[indices]
     if differ:  # looked at once, as CUDA would wait for it
-        raise ValueError("NC1: split.batch(indices) gives other labels than split.labels[indices]")
+        raise ValueError("NC1: samples.batch(indices) gives other labels than samples.labels[indices]")
 
 
 class _Enough(BaseException):

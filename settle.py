@@ -58,7 +58,7 @@ def write(folder: Path, rows: list[tuple]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="settle.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", type=Path, help="the folder of a run (the newest under runs/)")
-    parser.add_argument("--device", help="as in train.py (that of the run, if it is to be had)")
+    parser.add_argument("--device", help="as in train.py (as the run's, chosen anew if it was left open)")
     given = parser.parse_args(arguments)
     folder, device = given.run, ["--device", given.device] if given.device else []
     progress = Progress("settle.csv is as it was", "and the same command begins again")

@@ -227,8 +227,11 @@ def draw_law(fig: Figure, groups: list[Group]) -> None:
         for values, axis in zip(("slope", "correlation"), axes, strict=True):
             for each, look in style.colours(group.sets).items():
                 line = over_seeds(lines[lines["set"] == each], ["epoch"], values).set_index("epoch")
-                fewest, seeds = line["count"].min(), len(group.folders)
-                label = each if fewest == seeds else f"{each} ({fewest} to {seeds} seeds)"
+                if line.empty:
+                    continue
+                fewest, most = line["count"].min(), line["count"].max()
+                there = f"{fewest} to {most}" if fewest < most else f"{most}"
+                label = each if fewest == len(group.folders) else f"{each} ({there} of {len(group.folders)} seeds)"
                 curve(axis, line, label, style.DASHES[each], look)
             style.epoch_axis(axis, group.uneven)
             style.zero(axis)

@@ -74,10 +74,11 @@ def epoch_axis(axis: Axes, log: bool) -> None:
     if log:
         axis.set_xscale("symlog", linthresh=1, linscale=0.4)
         low, high = axis.get_xlim()
-        powers = [0, *(10**power for power in range(7))]
-        if sum(low <= tick <= high for tick in powers) < 3:
-            powers = [0, *(each * 10**power for power in range(7) for each in (1, 2, 3, 5, 7))]
-        axis.xaxis.set_major_locator(FixedLocator(powers))
+        whole = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(low, high)
+        for ticks in ([10**power for power in range(7)], [n * 10**p for p in range(7) for n in (1, 2, 3, 5, 7)], whole):
+            axis.xaxis.set_major_locator(FixedLocator([0, *ticks]))
+            if sum(low <= tick <= high for tick in (0, *ticks)) > 2:
+                break
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_locator(NullLocator())
     else:

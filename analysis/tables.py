@@ -27,7 +27,7 @@ WORDS = ("set", "layer", "split", "labeling")
 COUNTS = ("epoch", "factor", "steps")
 # Of these together no two rows have the same.
 KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
-# How long, where and with what a run was made, which does not change what an epoch of it is.
+# Where and with what a run was made, which does not change what an epoch of it is.
 ELSEWHERE = ("run_dir", "data_dir", "download", "resume", "device", "processes", "torch", "torchvision")
 FOLLOWS = ("num_classes", "dib_samples", "chosen", "recipe")  # what follows from other flags, or says them again
 INPUT = "input"  # the layer before the first, measured once

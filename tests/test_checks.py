@@ -289,6 +289,11 @@ def test_norms_of_a_sample_or_of_running_statistics_are_measured(norm):
     assert all(math.isfinite(head.loss) for head in measure(build, (0, 2), toy(shape=(1, 5, 5)))[0])
 
 
+def in_bfloat16(x: Tensor) -> Tensor:
+    """Probabilities whose sums are off by more than a thousandth."""
+    return torch.stack([torch.full((len(x),), share) for share in (0.3, 0.3, 0.4)], 1).bfloat16() + 0 * x.bfloat16()
+
+
 @pytest.mark.parametrize(
     ("build", "splits", "message"),
     [
@@ -300,6 +305,7 @@ def test_norms_of_a_sample_or_of_running_statistics_are_measured(norm):
         (lambda: network(nn.Linear(6, 3), Lambda(lambda z: {"logits": z})), (0,), "must give logits, .* got dict"),
         (lambda: network(nn.Linear(6, 3), nn.Unflatten(1, (3, 1))), (0,), r"must give logits, .*\(15, 3, 1\)"),
         (lambda: network(nn.Linear(6, 3), nn.Softmax(1)), (0,), "outputs of the model are probabilities"),
+        (lambda: network(nn.Linear(6, 3), Lambda(in_bfloat16)), (0,), "outputs of the model are probabilities"),
         (lambda: network(nn.Linear(7, 3)), (0,), r"block '0' fails on torch.float64 \(15, 6\) on cpu: .*shapes"),
         (lambda: network().float(), (0,), r"block '0' fails on torch.float64 .*dtype"),
         (lambda: network().to("meta"), (0,), r"block '0' fails on torch.float64 \(15, 6\) on cpu: .*meta"),

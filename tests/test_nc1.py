@@ -348,7 +348,7 @@ def test_refuses_batches_with_other_labels():
     noisy = split.labels.clone()
     noisy[41] = (noisy[41] + 1) % 3
     split.batch = lambda indices: (split.x[indices], noisy[indices])
-    with pytest.raises(ValueError, match=r"split.batch\(indices\) gives other labels than split.labels\[indices\]"):
+    with pytest.raises(ValueError, match=r"samples.batch\(indices\) gives other labels than samples.labels\[indices\]"):
         of(split, 3, batch_size=20)
 
 

@@ -47,7 +47,7 @@ def measures() -> dict:
 
     mlp = partial(models.build, "MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh")
     recipes = heads.Thesis(partial(torch.optim.SGD, lr=0.1), 12), heads.Tuned(20)
-    for name, build, ks, N in (
+    for name, build, splits, N in (
         ("plain, the last split linear", mlp, [0, 2, 3], 90),
         ("few heads", mlp, [2], 3),
         ("drawing", drawing, [0, 1], 90),
@@ -55,7 +55,7 @@ def measures() -> dict:
         model, split = build().double(), double(clusters(N, 6, 3))
         for recipe in recipes:
             found[f"DIB {name}, {type(recipe).__name__}"] = dib.measure_splits(
-                model, ks, split, 3, lambda build=build: build().double(), recipe, labelings=2, batch_size=40
+                model, splits, split, 3, lambda build=build: build().double(), recipe, labelings=2, batch_size=40
             )
     return found
 

@@ -67,8 +67,11 @@ def test_more_steps_find_more_and_a_second_call_replaces_the_first(whole, monkey
     assert [line.split(":")[0] for line in said[-5:-1]] == [f"{factor} times the steps" for factor in (1, 2, 4, 8)]
     losses = {f: [float(line.split(",")[7]) for line in lines(whole / "settle.csv", f"{f},")] for f in (1, 8)}
     assert sum(losses[8]) < sum(losses[1])
-    settle.main([str(whole)])
+    settle.main([str(whole), "--device", "cpu"])
     assert (whole / "settle.csv").read_text() == first
+    with pytest.raises(SystemExit):
+        settle.main([str(whole), "--device", "cuda:9"])
+    assert "--device cuda:9 is not to be had here" in capsys.readouterr().err
     assert "settle" in gallery.names(tables.groups([whole]))
 
 

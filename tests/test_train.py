@@ -121,10 +121,10 @@ def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, siz
     """Tuned heads take the steps of the training set on both, thesis heads the network's batches and epochs of each."""
     seen = []
 
-    def watch(model, ks, samples, C, fresh, recipe, batch_size, **rest):
+    def watch(model, splits, samples, C, fresh, recipe, batch_size, **rest):
         seen.append((len(samples), batch_size, recipe))
         assert size is None or torch.bincount(samples.labels).tolist() == [50, 50]
-        return {k: [dib.Head(0, "y", 1.0, 1.0, 0.5), dib.Head(0, 0, 1.0, 0.5, 0.5)] for k in ks}
+        return {k: [dib.Head(0, "y", 1.0, 1.0, 0.5), dib.Head(0, 0, 1.0, 0.5, 0.5)] for k in splits}
 
     monkeypatch.setattr(dib, "measure_splits", watch)
     flags = ["--epochs", "1", "--heads", kind, "-b", "60", "-opt", "SGD", "-lr", "0.5", "--dib-epochs", "3"]
