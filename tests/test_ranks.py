@@ -117,6 +117,9 @@ def test_every_head_is_dealt_once_and_evenly(world, J):
 
 
 @pytest.mark.slow
+MEASURED = ("loss", "accuracy", "seconds", "rank", "nc1", "kept", "dropped", "bound")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -134,7 +137,7 @@ def test_a_run_of_two_processes_has_the_rows_of_one(tmp_path, pictures, flags):
     torchrun("-m", "tests.test_ranks", "train", *flags, "--run-dir", str(tmp_path / "two"))
     for name, columns in runs.COLUMNS.items():
         one, two = (pd.read_csv(tmp_path / run / name, dtype={"labeling": str}) for run in ("one", "two"))
-        keys = [c for c in columns.split(",") if c not in ("loss", "accuracy", "seconds", "nc1", "rank", "bound")]
+        keys = [c for c in columns.split(",") if c not in MEASURED]
         pd.testing.assert_frame_equal(one[keys], two[keys])
         if "CIFARNet" not in flags:
             one, two = (table.drop(columns="seconds", errors="ignore") for table in (one, two))
