@@ -123,7 +123,7 @@ def measure(
 
 
 def _measure(run, taps, samples, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
-    layers = _layers(run, taps, checks.inputs(samples, labels, "NC1"), C)
+    run, layers = _probe(run, taps, checks.inputs(samples, labels, "NC1"), C)
     by_depth = list(layers)
     for tap in reversed(by_depth):
         needed = len(labels) * layers[tap].row_bytes
@@ -155,19 +155,20 @@ def _measure(run, taps, samples, labels, C, batch_size, keep_bytes) -> dict[str,
 class _Layer:
     """`collapse` batch by batch: all are added once for the class means and, after project, again for the sum."""
 
-    def __init__(self, h: Tensor, C: int):
-        """h: the output for one sample, (1, d); of several processes that of the first counts."""
+    def __init__(self, h: Tensor, C: int, overwritten: bool):
+        """h: the output for one sample, (1, d); of several processes that of the first counts. overwritten: whether a
+        layer that comes later works on the output in place."""
         self.eps, self.row_bytes = torch.finfo(h.dtype).eps, h.nbytes
         # sums of float64 numbers far from 0 lose digits that those have, so that they start from one of them
         self.origin = h if h.dtype == torch.float64 else None
         ranks.from_first(*([h] if h.dtype == torch.float64 else []))
         self.sums = h.new_zeros(C, h.shape[1], dtype=torch.float64)
         self.total = h.new_zeros((), dtype=torch.float64)
-        self.keeps, self.kept = False, []
+        self.keeps, self.kept, self.overwritten = False, [], overwritten
 
     def add(self, h: Tensor, y: Tensor) -> None:
         if self.keeps:
-            self.kept.append((h.clone(), y))  # a layer that comes later may work in place
+            self.kept.append((h.clone() if self.overwritten else h, y))
         else:
             self.add_sums([(h, y)])
 
@@ -270,7 +271,7 @@ def _visit(run: Callable, taps: dict, names: list[str], batches: Iterable, visit
         for x, y in batches:  # noqa: B007 - the hooks use y
             calls.clear()
             with suppress(_Enough):
-                run(x.clone())  # the split's own, perhaps, and the first layer may work in place
+                run(x)
             for tap in names:
                 if (count := calls.count(tap)) != 1:
                     raise ValueError(f"NC1: layer {tap!r} is called {count} times in a forward pass, expected once")
@@ -290,20 +291,25 @@ def _features(tap: str, output: object, B: int) -> Tensor:
     return output.detach().movedim(1, -1).flatten(1)
 
 
-def _layers(run: Callable, taps: dict[str, nn.Module], x: Tensor, C: int) -> dict[str, _Layer]:
-    """A _Layer for every tap, in the order in which the model calls them, from the inputs x of some samples.
+def _probe(run: Callable, taps: dict[str, nn.Module], x: Tensor, C: int) -> tuple[Callable, dict[str, _Layer]]:
+    """How to run the model, and a _Layer for every tap in the order in which the model calls them, from the inputs x of
+    some samples.
 
-    Their outputs must not depend on the samples beside them, nor on when they are computed.
+    Their outputs must not depend on the samples beside them, nor on when they are computed. What is overwritten in
+    place, inputs or outputs, shows here, and is copied from then on: to copy all would cost a tenth of the time.
     """
-    seen: list[dict[str, Tensor]] = []
-    for some in (x, x[::2]):
-        seen.append({})
+    given, seen = x.clone(), []
+    for some in (given, x[::2].clone()):
+        outputs: dict[str, tuple[Tensor, Tensor]] = {}
+        seen.append(outputs)
         batch = some, torch.zeros(len(some), dtype=torch.int64, device=x.device)
-        _visit(run, taps, list(taps), [batch], lambda tap, h, _: seen[-1].update({tap: h.clone()}), stop=False)
-    for tap, h in seen[0].items():
-        if not checks.alike(h[::2], seen[1][tap]):
+        _visit(run, taps, list(taps), [batch], lambda tap, h, _, o=outputs: o.update({tap: (h, h.clone())}), stop=False)
+    layers = {}
+    for tap, (h, as_it_was) in seen[0].items():
+        if not checks.alike(as_it_was[::2], seen[1][tap][1]):
             raise ValueError(
                 f"NC1: layer {tap!r} gives a sample other outputs beside other samples, or other ones each time: "
                 "BatchNorm without running statistics, say, or dropout that is always on"
             )
-    return {tap: _Layer(h[:1], C) for tap, h in seen[0].items()}
+        layers[tap] = _Layer(as_it_was[:1], C, overwritten=not torch.equal(h, as_it_was))
+    return (run if torch.equal(given, x) else lambda x: run(x.clone())), layers

@@ -116,10 +116,10 @@ def test_every_head_is_dealt_once_and_evenly(world, J):
     assert max(loads) <= max(1.1 * fair, fair + max(costs.values()))
 
 
-@pytest.mark.slow
 MEASURED = ("loss", "accuracy", "seconds", "rank", "nc1", "kept", "dropped", "bound")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
