@@ -139,11 +139,7 @@ def network(model: nn.Sequential, made: nn.Sequential, splits: list[int], x: Ten
             raise ValueError(f"DIB: block {name!r} fails on {described(z)}: {reason}") from error
         if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
             continue
-        if not alike(out[::2], of_some):
-            raise ValueError(
-                f"DIB: block {name!r} gives a sample other outputs beside other samples, or other ones each time: "
-                "BatchNorm without running statistics, say, or dropout that is always on"
-            )
+        refuse_mixing(f"DIB: block {name!r}", out[::2], of_some)
         if not alike(out, of_twin):
             raise ValueError(
                 f"DIB: block {name!r} of what fresh() makes, given the model's weights, gives other outputs than the "
@@ -155,6 +151,15 @@ def network(model: nn.Sequential, made: nn.Sequential, splits: list[int], x: Ten
         raise ValueError(f"DIB: the model must give {expected}, got {described(out)}")
     if (z >= 0).all() and (z.float().sum(1) - 1).abs().max() < max(1e-3, 2 * torch.finfo(z.dtype).eps):
         raise ValueError("DIB: the outputs of the model are probabilities, and must be logits: leave out the softmax")
+
+
+def refuse_mixing(what: str, among_all: Tensor, among_some: Tensor) -> None:
+    """Refuse outputs (B, ...) of the same samples that depend on the samples beside them, or on when they are taken."""
+    if not alike(among_all, among_some):
+        raise ValueError(
+            f"{what} gives a sample other outputs beside other samples, or other ones each time: "
+            "BatchNorm without running statistics, say, or dropout that is always on"
+        )
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

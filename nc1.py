@@ -306,10 +306,6 @@ def _probe(run: Callable, taps: dict[str, nn.Module], x: Tensor, C: int) -> tupl
         _visit(run, taps, list(taps), [batch], lambda tap, h, _, o=outputs: o.update({tap: (h, h.clone())}), stop=False)
     layers = {}
     for tap, (h, as_it_was) in seen[0].items():
-        if not checks.alike(as_it_was[::2], seen[1][tap][1]):
-            raise ValueError(
-                f"NC1: layer {tap!r} gives a sample other outputs beside other samples, or other ones each time: "
-                "BatchNorm without running statistics, say, or dropout that is always on"
-            )
+        checks.refuse_mixing(f"NC1: layer {tap!r}", as_it_was[::2], seen[1][tap][1])
         layers[tap] = _Layer(as_it_was[:1], C, overwritten=not torch.equal(h, as_it_was))
     return (run if torch.equal(given, x) else lambda x: run(x.clone())), layers
