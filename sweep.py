@@ -2,7 +2,7 @@
 
     python sweep.py 5 --model MLP --data SZT        (seeds 0 to 4; then any flag of train.py)
 
-A run that fails does not end the others. A task of a Slurm job array has the seed of its own number, and no other.
+--run-dir runs/a makes that runs/a-seed0 to runs/a-seed4. A run that fails does not end the others. A task of a Slurm job array has the seed of its own number, and no other.
 """
 
 import os
@@ -24,19 +24,19 @@ def main(arguments: list[str] | None = None) -> None:
     args, rest = parser.parse_known_args(arguments)
     given = flags.parse(rest)
     chosen = any(word.split("=")[0] == "--seed" for word in rest)
-    if given.run_dir or given.resume or chosen or given.tune == "only":
-        parser.error("--seed, --run-dir, --resume and --tune only are not for a sweep, which chooses them")
+    if given.resume or chosen or given.tune == "only":
+        parser.error("--seed, --resume and --tune only are not for a sweep, which chooses them")
     seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         if task not in map(str, seeds):
             parser.error(f"SLURM_ARRAY_TASK_ID is {task}, expected one of 0..{args.seeds - 1}, the seeds of the sweep")
         seeds = [int(task)]
 
-    outcomes = {}
+    outcomes, named = {}, given.run_dir
     for seed in seeds:
-        given.seed = seed
+        given.seed, given.run_dir = seed, f"{named}-seed{seed}" if named else None
         folder = flags.run_folder(given)
-        outcomes[folder] = one([*rest, "--seed", str(seed)], folder)
+        outcomes[folder] = one([*rest, "--run-dir", str(folder), "--seed", str(seed)], folder)
         if caught:
             break
     for folder, status in outcomes.items():

@@ -99,9 +99,14 @@ def test_a_task_of_a_job_array_runs_its_seed(launched, monkeypatch, capsys):
     assert "SLURM_ARRAY_TASK_ID is 3, expected one of 0..2, the seeds of the sweep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags", [["--seed", "0"], ["--seed=4"], ["--run-dir", "x"], ["--resume"], ["-b", "0"], ["--tune", "only"]]
-)
+def test_folders_may_be_named(launched, capsys):
+    assert run("--run-dir", "runs/tanh", "-nl", "Tanh") == 0
+    assert run("--run-dir=runs/tanh", "-nl", "Tanh") == 0
+    assert len(launched) == 3
+    assert capsys.readouterr().out.splitlines()[-3:] == [f"runs/tanh-seed{i}: finished before" for i in range(3)]
+
+
+@pytest.mark.parametrize("flags", [["--seed", "0"], ["--seed=4"], ["--resume"], ["-b", "0"], ["--tune", "only"]])
 def test_refuses_what_it_chooses_itself_and_bad_flags(launched, capsys, flags):
     assert run(*flags) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
