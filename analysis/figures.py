@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
 from analysis.tables import BEATEN, INPUT, MEAN_SD, Group, over_seeds, spaced
@@ -95,8 +95,14 @@ def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int
 
 
 def logarithmic(axis: Axes, values: pd.Series) -> None:
-    if (values > 0).any():
+    """A log axis, where there is something to show; in plain numbers where it spans less than two decades."""
+    positive = values[(values > 0) & np.isfinite(values)]
+    if len(positive):
         axis.set_yscale("log")
+        if positive.max() < 100 * positive.min():
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_training(fig: Figure, groups: list[Group]) -> None:

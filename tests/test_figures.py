@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
 from analysis import gallery, style
-from analysis.figures import fit
+from analysis.figures import fit, logarithmic
 from analysis.tables import groups
 from tests.toys import measured
 
@@ -89,6 +89,17 @@ def test_nc1_is_the_geometric_mean_over_seeds(tmp_path):
     mean = 50 * 16 ** (1 / 3)
     assert line(axes(gallery.figure("nc1", found))[0], "hidden1").get_ydata()[0] == pytest.approx(mean)
     assert axes(gallery.figure("depth", found))[0].containers[1].lines[0].get_ydata()[0] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("values", "expected"), [([3.0, 40.0], ["5", "10", "20"]), ([1.0, 1e4], [])])
+def test_nc1_within_two_decades_has_plain_numbers(values, expected):
+    axis = plt.figure().subplots()
+    axis.plot(values)
+    logarithmic(axis, pd.Series([*values, 0.0, np.inf]))
+    axis.figure.canvas.draw()
+    shown = [tick.label1.get_text() for tick in axis.yaxis.get_major_ticks()]
+    assert set(expected) <= set(shown)
+    assert ("5" in shown) == ("5" in expected)
 
 
 def test_the_input_is_a_dashed_line_where_it_was_measured(tmp_path):
