@@ -33,14 +33,8 @@ from tests.yardsticks import dense_nc1, newton_optimum
 
 BIT = log(2)  # nats
 LINEAR = 1e-4  # nats: a linear head is its optimum up to that, and classes that can be told apart have a loss below it
-# of inputs; CIFARNet takes none below 25 x 25
-SHAPES = {
-    "MLP": (12,),
-    "MNISTNet": (1, 28, 28),
-    "CIFARNet": (3, 25, 25),
-    "ConvNeXt": (3, 32, 32),
-    "ResNet": (3, 32, 32),
-}
+IMAGE = (3, 32, 32)  # CIFARNet takes none below 25 x 25, where its matrices d x d are least
+SHAPES = {"MLP": (12,), "MNISTNet": (1, 28, 28), "CIFARNet": (3, 25, 25), "ConvNeXt": IMAGE, "ResNet": IMAGE}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
