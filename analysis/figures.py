@@ -95,11 +95,15 @@ def layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int
 
 
 def logarithmic(axis: Axes, values: pd.Series) -> None:
-    """A log axis, where there is something to show; in plain numbers where it spans less than two decades."""
-    positive = values[(values > 0) & np.isfinite(values)]
-    if len(positive):
+    if (values > 0).any():
         axis.set_yscale("log")
-        if positive.max() < 100 * positive.min():
+
+
+def plain_numbers(fig: Figure) -> None:
+    """On log axes that have come to less than two decades, where powers of ten would be one tick or none."""
+    for axis in fig.axes:
+        low, high = axis.get_ylim()
+        if axis.get_yscale() == "log" and high < 100 * low:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
@@ -144,6 +148,7 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nlayer")
     same_scale(fig, groups, "y")
+    plain_numbers(fig)
 
 
 def draw_depth(fig: Figure, groups: list[Group]) -> None:
@@ -169,6 +174,7 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
         axes[0].set_ylabel(NC1)
         style.legend(part, axes[0], f"{group.seeds(MEAN_SD)}\nchange per layer,\ncorrelation")
     same_scale(fig, groups, "y")
+    plain_numbers(fig)
 
 
 def depth_points(axis: Axes, nc1: pd.DataFrame, look: dict) -> None:
