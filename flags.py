@@ -205,14 +205,14 @@ def adopt(arguments: list[str] | None, folder: Path, recorded: dict) -> argparse
     if lacking:
         raise ValueError(f"{folder} holds a run of another version: it has no {', '.join(lacking)}")
     had = {name: recorded[name] for name in names}
-    anew = dict.fromkeys(recorded["chosen"])  # what was left to the device is chosen again, perhaps for another one
+    anew = dict.fromkeys(recorded["chosen"])  # what was left to the device is chosen again, or --no-compile given
     parser.set_defaults(**had | anew)
     args = parser.parse_args(arguments)
     for name in sorted(names.difference(runs.ELSEWHERE)):
         given = getattr(args, name)
         before = had[name]
         same = set(given) == set(before) if name in ("sets", "splits") else given == before
-        if not same and not (name in anew and given is None):
+        if not same and not (name in anew and (given is None or name == "compile")):
             raise ValueError(f"--resume: --{name.replace('_', '-')} is {given}, and the run in {folder} has {before}")
     if args.epochs < had["epochs"]:
         raise ValueError(f"--resume: --epochs may grow, and {args.epochs} is less than {had['epochs']}")

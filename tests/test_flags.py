@@ -291,7 +291,8 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path, m
     assert runs.load(tmp_path / "run")["epoch"] == 2
 
 
-def test_what_was_left_to_the_device_is_chosen_anew_on_another(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--no-compile"]])
+def test_what_was_left_to_the_device_is_chosen_anew_on_another(tmp_path, monkeypatch, capsys, more):
     """A run that began elsewhere, as by what its files say."""
     run = tmp_path / "run"
     train.main([*TINY[2:], "--run-dir", str(run)])
@@ -303,7 +304,7 @@ def test_what_was_left_to_the_device_is_chosen_anew_on_another(tmp_path, monkeyp
     again = ["--run-dir", str(run), "--resume", "--epochs", "3"]
     assert "--precision is float16, and the run in" in refusal(capsys, *again, "--precision", "float16")
     capsys.readouterr()
-    train.main(again)
+    train.main([*again, *more])
     assert "goes on with cpu, after cuda:3: numbers differ in their last bits\n" in capsys.readouterr().out
     had = hparams(run)
     assert (had["device"], had["precision"], had["compile"], had["epochs"]) == ("cpu", "float32", False, 3)
