@@ -1,6 +1,6 @@
 """The learning-rate range test (Smith, "Cyclical learning rates for training neural networks", WACV 2017).
 
-A copy of the model is trained with a rate that grows exponentially from step to step, over one pass of the training
+A copy of the model is trained with a rate that grows exponentially from step to step, over passes of the training
 set, and the loss is watched: it falls once the rate is large enough to learn, and rises once it is too large. The rate
 where it falls most steeply is the one to train with.
 """

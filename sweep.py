@@ -2,7 +2,8 @@
 
     python sweep.py 5 --model MLP --data SZT        (seeds 0 to 4; then any flag of train.py)
 
---run-dir runs/a makes that runs/a-seed0 to runs/a-seed4. A run that fails does not end the others. A task of a Slurm job array has the seed of its own number, and no other.
+--run-dir runs/a makes that runs/a-seed0 to runs/a-seed4. A run that fails does not end the others. A task of a Slurm
+job array has the seed of its own number, and no other.
 """
 
 import os
@@ -19,7 +20,8 @@ caught: list[int] = []  # signals, after which no further run is begun
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="sweep.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    usage, about = "sweep.py seeds [any flag of train.py]", __doc__.split("\n")[0]
+    parser = Parser(prog="sweep.py", usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("seeds", type=flags.number(int, 1), help="how many, from 0; then any flag of train.py")
     args, rest = parser.parse_known_args(arguments)
     given = flags.parse(rest)
