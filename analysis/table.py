@@ -153,4 +153,4 @@ def write(groups: list[Group], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    tables.script(__doc__, write)
+    tables.script(__doc__, write, by_depth=False)

@@ -100,14 +100,24 @@ def newest(runs: Path = Path("runs")) -> Path:
     return found[-1].parent
 
 
-def script(description: str, write: Callable[[list[Group], Path], None], arguments: list[str] | None = None) -> None:
-    """Run a script: write the groups of the runs that the arguments name into a folder."""
+def script(
+    description: str,
+    write: Callable[[list[Group], Path], None],
+    arguments: list[str] | None = None,
+    by_depth: bool = True,
+) -> None:
+    """Run a script: write the groups of the runs that the arguments name into a folder.
+
+    by_depth: whether it shows epochs by depth, and can be told which.
+    """
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="*", type=Path, help="the folders of the runs (the newest under runs/)")
     parser.add_argument(
         "--out", type=Path, help="the folder to write to (that of the run; for several runs the one that holds them)"
     )
-    parser.add_argument("--epochs", nargs="+", type=int, help="the epochs shown by depth (four from first to last)")
+    parser.set_defaults(epochs=None)
+    if by_depth:
+        parser.add_argument("--epochs", nargs="+", type=int, help="the epochs shown by depth (four from first to last)")
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # where the terminal has no ±
     try:
