@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train lr-range sweep settle plots report table test test-slow check-gpu bench evidence lock lint
+.PHONY: help venv train lr-range sweep settle plots report table study evidence test test-slow check-gpu bench lock lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ report: $(VENV) ## one HTML page of runs, with every figure in it: RUN="runs/a r
 table: $(VENV) ## the final figures of runs as Markdown and LaTeX: RUN="runs/a runs/b" (the newest)
 	@.venv/bin/python -m analysis.table $(RUN) $(ARGS)
 
+study: $(VENV) ## the runs, figures and tables of docs/study.md: what is not there is made, in about 95 minutes on two cores
+	@.venv/bin/python -m docs.study
+
+evidence: $(VENV) ## the measures on problems whose answers are known, as a table: ROWS="simplex gaussian" (all)
+	@.venv/bin/python -m tests.evidence $(ROWS)
+
 test: $(VENV) ## the tests
 	.venv/bin/python -m pytest $(ARGS)
 
@@ -49,9 +55,6 @@ check-gpu: ## the tests on a GPU, and a table of how fast it is: gpu.csv; with t
 
 bench: $(VENV) ## time the measures against plain code: BENCH_ARGS="nc1 memory rank step growth layout ranks dib heads" (all)
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
-
-evidence: $(VENV) ## the measures on problems whose answers are known, as a table: ROWS="simplex gaussian" (all)
-	@.venv/bin/python -m tests.evidence $(ROWS)
 
 lock: test ## requirements.lock: the exact versions of all packages that the tests have just passed with
 	@.venv/bin/python -m pip --disable-pip-version-check freeze > requirements.lock

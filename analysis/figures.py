@@ -49,10 +49,22 @@ def same_scale(fig: Figure, groups: list[Group], *along: str) -> None:
                 getattr(axis, f"set_{each}lim")(min(low for low, _ in limits), max(high for _, high in limits))
 
 
-def curve(axis: Axes, line: pd.DataFrame, label: str | None, dash: str, look: dict, width: float | None = None) -> None:
-    """The mean over seeds by the index (epoch or steps), in a band of one standard deviation."""
+def curve(
+    axis: Axes,
+    line: pd.DataFrame,
+    label: str | None,
+    dash: str,
+    look: dict,
+    width: float | None = None,
+    log: bool = False,
+) -> None:
+    """The mean over seeds by the index (epoch or steps), in a band of one standard deviation.
+
+    log: markers stand evenly on a log axis, else every so many points.
+    """
     short = line.get("short", pd.Series(False, line.index))
-    every = [int(i) for i in range(0, len(line), style.thin(len(line))) if not short.iloc[i]]
+    marked = line.index.get_indexer(spaced(list(line.index), 15)) if log else range(0, len(line), style.thin(len(line)))
+    every = [int(i) for i in marked if not short.iloc[i]]
     axis.plot(line.index, line["mean"], label=label, markevery=every, linestyle=dash, linewidth=width, **look)
     crosses(axis, line["mean"][short], look)
     if (line["high"] > line["low"]).any():
@@ -111,22 +123,22 @@ def plain_numbers(fig: Figure) -> None:
 
 def draw_training(fig: Figure, groups: list[Group]) -> None:
     """All groups in one pair of panels."""
-    axes = fig.subplots(1, 2)
+    axes, log = fig.subplots(1, 2), any(group.uneven for group in groups)
     for values, axis in zip(("loss", "accuracy"), axes, strict=True):
         if len(groups) == 1:
             for each, look in style.colours(["train", "test"]).items():
                 line = over_seeds(groups[0].of("epochs", each), ["epoch"], values).set_index("epoch")
-                curve(axis, line, each, style.DASHES[each], look)
+                curve(axis, line, each, style.DASHES[each], look, log=log)
         else:
             for group, look in zip(groups, style.colours(range(len(groups))).values(), strict=True):
                 name = f"{style.plain(group.label)}, {group.seeds(MEAN_SD)}"
                 for each, label in (("train", name), ("test", None)):
                     line = over_seeds(group.of("epochs", each), ["epoch"], values).set_index("epoch")
-                    curve(axis, line, label, style.DASHES[each], look)
+                    curve(axis, line, label, style.DASHES[each], look, log=log)
             for each, dash in style.DASHES.items():
                 axis.plot([], [], color="black", linestyle=dash, label=each)
         axis.set_xlabel("epoch")
-        style.epoch_axis(axis, any(group.uneven for group in groups))
+        style.epoch_axis(axis, log)
     axes[0].set_ylabel("cross-entropy (nats)")
     axes[1].set_ylabel("accuracy")
     axes[1].yaxis.set_major_formatter("{x:.0%}")

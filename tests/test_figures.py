@@ -277,6 +277,18 @@ def test_epochs_have_ticks_whichever_were_measured(epochs, expected):
     assert [tick for tick in axis.get_xticks() if low <= tick <= high] == expected
 
 
+def test_markers_of_every_epoch_stand_evenly_on_a_log_axis(tmp_path):
+    """A hundred epochs, of which NC1 and DIB are measured in three."""
+    run = measured(tmp_path / "run", LAYERS, epochs=100)
+    for name in ("nc1", "dib"):
+        table = pd.read_csv(run / f"{name}.csv")
+        table[table["epoch"].isin([1, 10, 100])].to_csv(run / f"{name}.csv", index=False)
+    drawn = line(axes(gallery.figure("training", groups([run])))[0], "train")
+    epochs = drawn.get_xdata()[drawn.get_markevery()]
+    assert (epochs[0], epochs[-1]) == (1, 100)
+    assert sum(epochs <= 10) == pytest.approx(sum(epochs > 10), abs=3)
+
+
 def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
     runs = [
         measured(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)

@@ -1,0 +1,223 @@
+"""The tables of study.md: each takes the groups of runs by the name of their sweep, and says in words what is in it."""
+
+from collections.abc import Iterator
+from math import log
+
+import numpy as np
+import pandas as pd
+
+from analysis.figures import MINIMALITY, by_depth, fits, gap, gaps
+from analysis.table import NOT_MEASURED, SETS, cell, digits, rank
+from analysis.tables import INPUT, Group, over_seeds
+
+Groups = dict[str, Group]
+FITTED = 0.99  # of the training set right: from there on a network counts as fitted
+LAW = -0.9  # correlation of log NC1 with depth
+LEAST_SEEDS = 5  # of a correlation over seeds
+
+
+def fitted(groups: Groups) -> pd.DataFrame:
+    """How well each network fits, at the end."""
+    rows = []
+    for name, group in groups.items():
+        ends = group.tables["epochs"].query("epoch == @group.last")
+        its = {each: ends[ends["set"] == each] for each in SETS}
+        rows.append(
+            {
+                "runs": name,
+                "seeds": str(len(group.folders)),
+                "epochs": str(group.last),
+                "training error (%)": cell(100 * (1 - its["train"]["accuracy"])),
+                "test error (%)": cell(100 * (1 - its["test"]["accuracy"])),
+                "loss, train (nats)": cell(its["train"]["loss"]),
+                "loss, test (nats)": cell(its["test"]["loss"]),
+                f"{FITTED:.0%} right in measured epoch": epoch_text(fit_epoch(group)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def fit_epoch(group: Group) -> int | None:
+    """The first epoch in which NC1 is measured and the mean accuracy on the training set is FITTED."""
+    means = over_seeds(group.of("epochs", "train"), ["epoch"], "accuracy").set_index("epoch")["mean"]
+    return next((epoch for epoch in group.epochs("nc1") if means[epoch] >= FITTED), None)
+
+
+def moments(group: Group) -> list[tuple[str, int | None]]:
+    """The epochs of NC1 that are compared, with their names."""
+    return [("start", group.epochs("nc1")[0]), (f"{FITTED:.0%} right", fit_epoch(group)), ("end", group.last)]
+
+
+def epoch_text(epoch: int | None) -> str:
+    return "never" if epoch is None else str(epoch)
+
+
+def geometric(values: pd.Series) -> str:
+    """The geometric mean, and the factor of a standard deviation; how many there are, where NaN is left out."""
+    logs = np.log(values).dropna()
+    if logs.empty:
+        return NOT_MEASURED
+    spread = f" ×/÷ {np.exp(logs.std()):.2f}" if len(logs) > 1 else ""
+    mean = np.exp(logs.mean())
+    return digits(mean, 3, of=mean) + spread + (f" ({len(logs)} of {len(values)})" if len(logs) < len(values) else "")
+
+
+def collapse(groups: Groups) -> pd.DataFrame:
+    """NC1 of the first, the middle and the last layer before training, when fitted and at the end."""
+    rows = []
+    for name, group in groups.items():
+        nc1, names = group.tables["nc1"], group.tables["nc1"]["layer"].unique()
+        layers = [layer for layer in names if layer != INPUT]
+        for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+            row = {"runs": name, "layer": layer}
+            its = nc1[nc1["layer"] == layer]
+            for title, epoch in moments(group):
+                for each in SETS:
+                    there = its[(its["epoch"] == epoch) & (its["set"] == each)]
+                    row[f"{title}, {each}"] = geometric(there["nc1"]) + rank(there)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def law(groups: Groups) -> pd.DataFrame:
+    """The line of log NC1 by depth: the factor from a layer to the next, and the correlation, of seeds with a line."""
+    rows = []
+    for name, group in groups.items():
+        lines = fits(by_depth(group)).assign(factor=lambda its: np.exp(its["slope"]))
+        for each in SETS:
+            its = lines[lines["set"] == each]
+            means = its.groupby("epoch")["correlation"].mean()
+            broken = means.index[~(means <= LAW)]
+            since = means.index[means.index > broken.max()] if len(broken) else means.index
+            row = {"runs": name, "set": each, f"≤ {LAW} from epoch": epoch_text(since.min() if len(since) else None)}
+            for title, epoch in moments(group):
+                there = its[its["epoch"] == epoch]
+                row[f"factor, {title}"] = geometric(there["factor"])
+                row[f"correlation, {title}"] = cell(there["correlation"])
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def compression(groups: Groups) -> pd.DataFrame:
+    """Minimality on the training set: where its mean is highest, where lowest after that; the changes on both sets."""
+    rows = []
+    for name, layer, its in by_layer(groups):
+        train, test = (its[its["set"] == each].pivot(index="seed", columns="epoch")["minimality"] for each in SETS)
+        highest, last = train.mean().idxmax(), train.columns.max()
+        lowest = train.loc[:, highest:].mean().idxmin()
+        row = {"runs": name, "layer": layer, "at most": f"{most(groups[name]):.3f}"}
+        row["start"] = cell(train[train.columns.min()])
+        for title, epoch in (("highest", highest), ("lowest after", lowest)):
+            row[title] = f"{cell(train[epoch])} (epoch {epoch})"
+        row["end"] = cell(train[last])
+        settling = groups[name].of("settling", "train").query("layer == @layer").sort_values("steps")
+        row["end, seed 0, × 8 steps"] = f"{settling['minimality'].iloc[-1]:.3f}" if len(settling) else NOT_MEASURED
+        for title, sign, before, after in (("to lowest", -1, highest, lowest), ("to end", 1, lowest, last)):
+            for each, known in zip(SETS, (train, test), strict=True):
+                by = changed(known[after] - known[before], sign) if before < after else NOT_MEASURED
+                row[f"{title}, {each}"] = by
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def most(group: Group) -> float:
+    """The minimality of encodings that tell all samples of a class apart: the mean entropy of the labelings, bits."""
+    dib = group.of("dib", "train")
+    return dib.loc[dib["labeling"] != "y", "entropy"].mean() / log(2)
+
+
+def changed(by: pd.Series, sign: int) -> str:
+    """The mean change and, of several seeds, in how many it has the sign."""
+    word = "up" if sign > 0 else "down"
+    return cell(by) + (f" ({word} in {(sign * by > 0).sum()} of {len(by)})" if len(by) > 1 else "")
+
+
+def by_layer(groups: Groups) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(name, layer, information) of every encoder's last layer."""
+    for name, group in groups.items():
+        information = group.tables["information"]
+        for layer, its in information[information["layer"] != INPUT].groupby("layer", sort=False):
+            yield name, layer, its
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float:
+    """Pearson's correlation of the ranks, where both have a value; NaN where one of them is constant."""
+    both = pd.DataFrame({"x": x, "y": y}).dropna().rank()
+    return both["x"].corr(both["y"])
+
+
+def generalisation(groups: Groups) -> pd.DataFrame:
+    """Rank correlations with test - train of the loss: over the epochs of a seed, and over the seeds at the end."""
+    rows = []
+    for name, layer, its in by_layer(groups):
+        group = groups[name]
+        losses = gap(group.tables["epochs"], [], "loss")
+        own = its[its["set"] == "train"].set_index(["seed", "epoch"])["minimality"]
+        beside = gaps(group)[MINIMALITY].loc[layer]
+        row = {"runs": name, "layer": layer}
+        for title, values in (("minimality, train", own), ("minimality, test − train", beside)):
+            both = pd.DataFrame({"x": values, "y": losses}).dropna()
+            over_epochs = both.groupby("seed").apply(lambda of: spearman(of["x"], of["y"]))
+            ends = both.xs(its["epoch"].max(), level="epoch")
+            row[f"{title}: over epochs"] = cell(over_epochs)
+            enough = len(ends) >= LEAST_SEEDS
+            row[f"{title}: over seeds"] = f"{spearman(ends['x'], ends['y']):.2f}" if enough else NOT_MEASURED
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def architectures(groups: Groups) -> pd.DataFrame:
+    """The deepest layer at which DIB splits each network (without DIB, the last layer) at the end, beside its gaps."""
+    rows = []
+    for name, group in groups.items():
+        nc1 = group.tables["nc1"].query("epoch == @group.last")
+        information = group.tables["information"].query("epoch == @group.last")
+        layer = [*group.layers, *information["layer"]][-1]
+        its = nc1[nc1["layer"] == layer].pivot(index="seed", columns="set", values="nc1")
+        row = {"runs": name, "layer": layer, "NC1, train": geometric(its["train"])}
+        row["NC1, test over train"] = geometric(its["test"] / its["train"])
+        told = information[information["layer"] == layer].pivot(index="seed", columns="set", values="minimality")
+        row["minimality, train"] = cell(told["train"]) if len(told) else NOT_MEASURED
+        row["minimality, test − train"] = cell(told["test"] - told["train"]) if len(told) else NOT_MEASURED
+        for values, unit in (("loss", "nats"), ("accuracy", "%")):
+            ends = gap(group.tables["epochs"], [], values).xs(group.last, level="epoch")
+            row[f"{values}, test − train ({unit})"] = cell(100 * ends if values == "accuracy" else ends)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def heads(groups: Groups) -> pd.DataFrame:
+    """What heads trained in different ways say of the same networks: their training sets, epochs and seeds in common.
+
+    The epoch between start and end is that in which the first group's minimality is least. Of tuned heads what is
+    known, of the thesis's what they reached themselves.
+    """
+    few = min(len(group.folders) for group in groups.values())
+    common = sorted(set.intersection(*(set(group.epochs("information")) for group in groups.values())))
+    rows, lowest = [], {}
+    for name, layer, its in by_layer(groups):
+        end = "_by_loss" if groups[name].hparams[0].get("heads") == "thesis" else ""
+        its = its[(its["set"] == "train") & (its["seed"] < few) & its["epoch"].isin(common)]
+        row = {"runs": name, "layer": layer}
+        for measure in ("minimality", "sufficiency"):
+            values = its.pivot(index="seed", columns="epoch", values=measure + end)
+            lowest.setdefault(layer, values.mean().idxmin())
+            row |= {f"{measure}, epoch {common[0]}": cell(values[common[0]])}
+            if measure == "minimality":
+                row["between"] = f"{cell(values[lowest[layer]])} (epoch {lowest[layer]})"
+            row[f"{measure}, epoch {common[-1]}"] = cell(values[common[-1]])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def settled(groups: Groups) -> pd.DataFrame:
+    """Minimality (bits) of the training set with more steps, at the end, of seed 0."""
+    rows = []
+    for name, group in groups.items():
+        for layer, its in group.of("settling", "train").groupby("layer", sort=False):
+            its = its.sort_values("steps")
+            row = {"runs": name, "encoder up to": layer, "steps": str(its["steps"].iloc[0])}
+            for steps, known in zip(its["steps"], its["minimality"], strict=True):
+                row[f"× {steps // its['steps'].iloc[0]}"] = f"{known:.3f}"
+            rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,142 @@
+"""The study: its tables by hand, and that what study.md shows is what docs/study.py makes."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import tables
+from docs import findings, study
+from tests.toys import measured
+
+LAYERS = ["hidden1", "hidden2", "hidden3"]
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Five seeds of a sweep and of the thesis's heads; NC1 halves by layer and with 1 / epoch, heads tell more."""
+    made = {}
+    for name, flags in (("a", {}), ("a-thesis", {"heads": "thesis"})):
+        settled = [(1, 2, 4, 8), *[()] * 4]
+        folders = [measured(tmp_path / f"{name}{i}", LAYERS, i, factors=settled[i], **flags) for i in range(5)]
+        made[name] = tables.groups(folders)[0]
+    return made
+
+
+def rows(table: str, groups: dict) -> list[dict]:
+    return getattr(findings, table)(groups).to_dict("records")
+
+
+def test_tables_by_hand(groups, monkeypatch):
+    first = rows("fitted", groups)[0]
+    assert (first["seeds"], first["epochs"], first["training error (%)"]) == ("5", "3", "12.50 ± 0")
+    assert first["99% right in measured epoch"] == "never"
+    monkeypatch.setattr(findings, "FITTED", 0.7)  # 0.5, 0.75, 0.875 are right
+    assert rows("fitted", groups)[0]["70% right in measured epoch"] == "2"
+    names = ("start, train", "70% right, train", "end, test")
+    shown = [rows("collapse", groups)[i][name] for i in (0, 2) for name in names]
+    # 50 / epoch times 1 to 5, of which the geometric mean is 120^(1/5) = 2.605, and a deviation a factor of 1.9
+    assert shown == [f"{value} ×/÷ 1.89" for value in ("130", "65.1", "65.1", "32.6", "16.3", "16.3")]
+    law = rows("law", groups)[0]
+    assert (law["factor, start"], law["correlation, end"], law["≤ -0.9 from epoch"]) == (
+        "0.500 ×/÷ 1.00",
+        "-1.000 ± 0",
+        "1",
+    )
+
+
+def test_information_by_hand(groups):
+    epochs = groups["a"].tables["epochs"]
+    epochs.loc[epochs["set"] == "test", "loss"] *= 1 + epochs["seed"]  # so that the gap grows with the seed
+    compression = rows("compression", groups)
+    assert [row["layer"] for row in compression] == 2 * LAYERS
+    # without the input there is none in the first epoch; 0.1 epoch (1 + 0.1 seed) nats, a mean of 0.12 epoch
+    assert compression[0]["highest"] == "0.519 ± 0.068 (epoch 3)"
+    assert (compression[0]["end"], compression[0]["to lowest, train"]) == ("0.519 ± 0.068", "–")
+    of = rows("generalisation", groups)[0]
+    assert of["minimality, train: over epochs"] == "-1.000 ± 0"  # it grows while the gap of the loss falls
+    assert of["minimality, train: over seeds"] == "1.00"
+    heads = {row["runs"]: row for row in rows("heads", groups)}  # of the last layer
+    assert heads["a"]["minimality, epoch 3"] == "0.519 ± 0.068"
+    assert (
+        heads["a-thesis"]["minimality, epoch 3"] == "0.512 ± 0.068"
+    )  # the heads of labeling 1, of two, lack 0.01 nats
+    assert heads["a"]["between"] == "0.173 ± 0.023 (epoch 1)"
+    settled = rows("settled", groups)[0]
+    assert [settled[f"× {factor}"] for factor in (1, 2, 4, 8)] == ["0.058", "0.115", "0.231", "0.462"]
+
+
+def test_falls_and_rises_are_told_by_how_many_seeds_have_them(groups):
+    """0.35 bits in epoch 2, then 0 but for seed 0, which rises by 0.17."""
+    information = groups["a"].tables["information"]
+    information.loc[(information["epoch"] == 3) & (information["seed"] > 0), ["minimality"]] = 0.0
+    row = rows("compression", groups)[0]
+    assert (row["highest"][-9:], row["lowest after"][-9:]) == ("(epoch 2)", "(epoch 3)")
+    assert (row["to lowest, train"][0], row["to lowest, train"][-16:]) == ("-", "(down in 4 of 5)")
+    assert (row["at most"], row["to end, train"]) == ("0.995", "–")  # 0.69 nats
+    assert row["end, seed 0, × 8 steps"] == "0.462"
+
+
+def test_a_geometric_mean_says_what_it_left_out():
+    series = findings.pd.Series
+    assert findings.geometric(series([1.0, 4.0])) == "2.00 ×/÷ 2.67"
+    assert findings.geometric(series([1.0, float("nan"), 4.0])) == "2.00 ×/÷ 2.67 (2 of 3)"
+    assert findings.geometric(series([float("nan")])) == "–"
+
+
+def test_ranks():
+    series = findings.pd.Series
+    assert findings.spearman(series([1, 2, 9.0]), series([0.1, 0.2, 0.3])) == pytest.approx(1)
+    assert findings.spearman(series([1, 2, 3.0]), series([9, 4, 1.0])) == pytest.approx(-1)
+
+
+def test_the_document_has_every_table_and_figure():
+    text = (study.DOCS / "study.md").read_text()
+    figures = {f"figure {name}" for name in study.FIGURES}
+    assert sorted(re.findall(r"<!-- (?!end)(.+) -->", text)) == sorted([*study.TABLES, *figures, "commands"])
+    for name in study.FIGURES:
+        assert study.shown(name) in text
+        assert 0 < (study.DOCS / "study" / f"{name}.png").stat().st_size < 300_000, name
+    assert {path.stem for path in (study.DOCS / "study").iterdir()} == set(study.FIGURES)
+    for name in study.SWEEPS:
+        assert study.commands(name) in text
+
+
+def test_a_table_is_put_between_its_marks():
+    text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    filled = study.fill(text, {"one": "new \\1\n", "two": "2\n"})
+    assert filled == "a\n<!-- one -->\nnew \\1\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="lacks <!-- three -->"):
+        study.fill(text, {"three": ""})
+
+
+@pytest.mark.parametrize(("program", "expected"), [("true", True), ("false", False)])
+def test_a_sweep_that_fails_is_said(tmp_path, monkeypatch, capsys, program, expected):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "executable", program)
+    assert study.run("mnistnet") is expected
+    assert ("not finished" in capsys.readouterr().out) is not expected
+    assert (tmp_path / "mnistnet.log").exists()
+
+
+@pytest.mark.slow
+def test_a_small_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    docs = tmp_path / "docs"
+    (docs / "study").mkdir(parents=True)
+    (docs / "study.md").write_text("<!-- commands -->\n<!-- end -->\n<!-- fitted -->\n<!-- end -->\n")
+    monkeypatch.setattr(study, "DOCS", docs)
+    small = study.Sweep(2, 0.5, "-w 4 3 --epochs 2 --dib-epochs 1 --dib-size 64", settled=True)
+    monkeypatch.setattr(study, "SWEEPS", {"small": small})
+    monkeypatch.setattr(study, "FIGURES", {"training": ("training", ["small"])})
+    monkeypatch.setattr(study, "TABLES", {"fitted": (findings.fitted, ["small"])})
+    study.main()
+    assert "small: 2 runs, about 1 minutes on one core" in capsys.readouterr().out
+    text = (docs / "study.md").read_text()
+    assert "--dib-size 64 --run-dir runs/study/small" in text
+    assert "| small | 2 | 2 |" in text
+    assert (docs / "study" / "training.png").exists()
+    assert (Path("runs/study/small-seed0/settle.csv")).exists()
+    study.main()
+    assert "about" not in capsys.readouterr().out
