@@ -1,7 +1,6 @@
 """The tables of study.md: each takes the groups of runs by the name of their sweep, and says in words what is in it."""
 
 from collections.abc import Iterator
-from math import log
 
 import numpy as np
 import pandas as pd
@@ -94,42 +93,50 @@ def law(groups: Groups) -> pd.DataFrame:
                 there = its[its["epoch"] == epoch]
                 row[f"factor, {title}"] = geometric(there["factor"])
                 row[f"correlation, {title}"] = cell(there["correlation"])
-            rows.append(row)
+            ratios = neighbours(group, each)
+            rows.append(row | {"from layer to layer, end": f"{ratios.min():.2f} to {ratios.max():.2f}"})
     return pd.DataFrame(rows)
 
 
+def neighbours(group: Group, each: str) -> pd.Series:
+    """NC1 at the end of each layer over that of the layer before, where a line would have the same everywhere."""
+    nc1 = group.of("nc1", each).query("epoch == @group.last and layer != @INPUT")
+    means = over_seeds(nc1, ["layer"], "nc1", log=True)["mean"]
+    return (means / means.shift()).dropna()
+
+
 def compression(groups: Groups) -> pd.DataFrame:
-    """Minimality on the training set: where its mean is highest, where lowest after that; the changes on both sets."""
+    """Minimality: where its mean on the training set is highest, where lowest after that, and the changes between.
+
+    These epochs are chosen by the training set, whose own changes are therefore biased; those of the test set are not.
+    """
     rows = []
     for name, layer, its in by_layer(groups):
         train, test = (its[its["set"] == each].pivot(index="seed", columns="epoch")["minimality"] for each in SETS)
-        highest, last = train.mean().idxmax(), train.columns.max()
+        highest, first, last = train.mean().idxmax(), train.columns.min(), train.columns.max()
         lowest = train.loc[:, highest:].mean().idxmin()
-        row = {"runs": name, "layer": layer, "at most": f"{most(groups[name]):.3f}"}
-        row["start"] = cell(train[train.columns.min()])
+        row = {"runs": name, "layer": layer, "start": bits(train[first])}
         for title, epoch in (("highest", highest), ("lowest after", lowest)):
-            row[title] = f"{cell(train[epoch])} (epoch {epoch})"
-        row["end"] = cell(train[last])
+            row[title] = f"{bits(train[epoch])} (epoch {epoch})"
+        row["end"] = bits(train[last])
         settling = groups[name].of("settling", "train").query("layer == @layer").sort_values("steps")
-        row["end, seed 0, × 8 steps"] = f"{settling['minimality'].iloc[-1]:.3f}" if len(settling) else NOT_MEASURED
-        for title, sign, before, after in (("to lowest", -1, highest, lowest), ("to end", 1, lowest, last)):
-            for each, known in zip(SETS, (train, test), strict=True):
-                by = changed(known[after] - known[before], sign) if before < after else NOT_MEASURED
-                row[f"{title}, {each}"] = by
+        row["end, seed 0, × 8 steps"] = bits(settling["minimality"].tail(1)) if len(settling) else NOT_MEASURED
+        row["start to end, train"] = changed(train[last] - train[first])
+        row["start to end, test"] = changed(test[last] - test[first])
+        row["highest to lowest, test"] = changed(test[lowest] - test[highest]) if highest < lowest else NOT_MEASURED
+        row["lowest to end, test"] = changed(test[last] - test[lowest]) if lowest < last else NOT_MEASURED
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def most(group: Group) -> float:
-    """The minimality of encodings that tell all samples of a class apart: the mean entropy of the labelings, bits."""
-    dib = group.of("dib", "train")
-    return dib.loc[dib["labeling"] != "y", "entropy"].mean() / log(2)
+def bits(values: pd.Series) -> str:
+    """The mean and the standard deviation; decoders are not found to more than three decimals."""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def changed(by: pd.Series, sign: int) -> str:
-    """The mean change and, of several seeds, in how many it has the sign."""
-    word = "up" if sign > 0 else "down"
-    return cell(by) + (f" ({word} in {(sign * by > 0).sum()} of {len(by)})" if len(by) > 1 else "")
+def changed(by: pd.Series) -> str:
+    """The mean change and, of several seeds, how many rose and fell."""
+    return bits(by) + (f" ({(by > 0).sum()} up, {(by < 0).sum()} down)" if len(by) > 1 else "")
 
 
 def by_layer(groups: Groups) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -147,21 +154,30 @@ def spearman(x: pd.Series, y: pd.Series) -> float:
 
 
 def generalisation(groups: Groups) -> pd.DataFrame:
-    """Rank correlations with test - train of the loss: over the epochs of a seed, and over the seeds at the end."""
+    """Rank correlations of minimality with how far the test set is behind.
+
+    Over the epochs of each seed, with test - train of the loss; over seeds at the end, with that and with the test
+    accuracy: of minimality, of its change since the start, and of its own test - train.
+    """
     rows = []
     for name, layer, its in by_layer(groups):
-        group = groups[name]
+        group, last = groups[name], its["epoch"].max()
         losses = gap(group.tables["epochs"], [], "loss")
-        own = its[its["set"] == "train"].set_index(["seed", "epoch"])["minimality"]
+        accuracies = group.of("epochs", "test").set_index(["seed", "epoch"])["accuracy"]
+        own = its[its["set"] == "train"].pivot(index="seed", columns="epoch", values="minimality")
         beside = gaps(group)[MINIMALITY].loc[layer]
         row = {"runs": name, "layer": layer}
-        for title, values in (("minimality, train", own), ("minimality, test − train", beside)):
+        for title, values in (("minimality", own.stack()), ("test − train", beside)):
             both = pd.DataFrame({"x": values, "y": losses}).dropna()
             over_epochs = both.groupby("seed").apply(lambda of: spearman(of["x"], of["y"]))
-            ends = both.xs(its["epoch"].max(), level="epoch")
-            row[f"{title}: over epochs"] = cell(over_epochs)
-            enough = len(ends) >= LEAST_SEEDS
-            row[f"{title}: over seeds"] = f"{spearman(ends['x'], ends['y']):.2f}" if enough else NOT_MEASURED
+            row[f"{title}, loss gap: over epochs"] = cell(over_epochs)
+        at_end = {"change": own[last] - own[own.columns.min()], "minimality": own[last]}
+        at_end["test − train"] = beside.xs(last, level="epoch")
+        enough = len(own) >= LEAST_SEEDS
+        for title, values in at_end.items():
+            for of, other in (("loss gap", losses), ("accuracy", accuracies)):
+                rho = spearman(values, other.xs(last, level="epoch"))
+                row[f"{title}, {of}: over seeds"] = f"{rho:.2f}" if enough else NOT_MEASURED
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -173,12 +189,16 @@ def architectures(groups: Groups) -> pd.DataFrame:
         nc1 = group.tables["nc1"].query("epoch == @group.last")
         information = group.tables["information"].query("epoch == @group.last")
         layer = [*group.layers, *information["layer"]][-1]
-        its = nc1[nc1["layer"] == layer].pivot(index="seed", columns="set", values="nc1")
-        row = {"runs": name, "layer": layer, "NC1, train": geometric(its["train"])}
-        row["NC1, test over train"] = geometric(its["test"] / its["train"])
+        its = nc1[nc1["layer"] == layer]
+        row = {"runs": name, "layer": layer, "d": str(its["dim"].iloc[0])}
+        its = its.pivot(index="seed", columns="set", values="nc1")
+        before = group.tables["nc1"].query("epoch == epoch.min() and layer == @layer")
+        before = before.pivot(index="seed", columns="set", values="nc1")
+        row |= {"NC1, train": geometric(its["train"]), "NC1, test over train": geometric(its["test"] / its["train"])}
+        row["the same, start"] = geometric(before["test"] / before["train"])
         told = information[information["layer"] == layer].pivot(index="seed", columns="set", values="minimality")
-        row["minimality, train"] = cell(told["train"]) if len(told) else NOT_MEASURED
-        row["minimality, test − train"] = cell(told["test"] - told["train"]) if len(told) else NOT_MEASURED
+        row["minimality, train"] = bits(told["train"]) if len(told) else NOT_MEASURED
+        row["minimality, test − train"] = bits(told["test"] - told["train"]) if len(told) else NOT_MEASURED
         for values, unit in (("loss", "nats"), ("accuracy", "%")):
             ends = gap(group.tables["epochs"], [], values).xs(group.last, level="epoch")
             row[f"{values}, test − train ({unit})"] = cell(100 * ends if values == "accuracy" else ends)
@@ -202,10 +222,10 @@ def heads(groups: Groups) -> pd.DataFrame:
         for measure in ("minimality", "sufficiency"):
             values = its.pivot(index="seed", columns="epoch", values=measure + end)
             lowest.setdefault(layer, values.mean().idxmin())
-            row |= {f"{measure}, epoch {common[0]}": cell(values[common[0]])}
+            row |= {f"{measure}, epoch {common[0]}": bits(values[common[0]])}
             if measure == "minimality":
-                row["between"] = f"{cell(values[lowest[layer]])} (epoch {lowest[layer]})"
-            row[f"{measure}, epoch {common[-1]}"] = cell(values[common[-1]])
+                row["between"] = f"{bits(values[lowest[layer]])} (epoch {lowest[layer]})"
+            row[f"{measure}, epoch {common[-1]}"] = bits(values[common[-1]])
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -63,7 +63,8 @@ SWEEPS = {  # the longest runs first
 MLPS, IMAGED = ["tanh", "relu"], ["mnistnet", "cifarnet", "resnet"]
 
 FIGURES = {  # a file: a figure of analysis/gallery.py, and the sweeps in it
-    "training": ("training", [*MLPS, *IMAGED, "convnext"]),
+    "training-mlps": ("training", MLPS),
+    "training-images": ("training", [*IMAGED, "convnext"]),
     "nc1-tanh": ("nc1", ["tanh"]),
     "nc1-mnistnet": ("nc1", ["mnistnet"]),
     "nc1-cifarnet": ("nc1", ["cifarnet"]),
@@ -106,26 +107,25 @@ def commands(name: str) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def finished(folder: Path) -> bool:
+def finished(folder: Path, sweep: Sweep) -> bool:
     try:
         state = runs.load(folder)
     except (ValueError, OSError):
         return False
-    return state["epoch"] >= state["hparams"]["epochs"]
+    settled = not sweep.settled or not folder.name.endswith("seed0") or (folder / "settle.csv").exists()
+    return settled and state["epoch"] >= state["hparams"]["epochs"]
 
 
 def say_budget(jobs: int) -> None:
     left = {}
     for name, sweep in SWEEPS.items():
-        folders = [folder for folder in sweep.folders(name) if not finished(folder)]
+        folders = [folder for folder in sweep.folders(name) if not finished(folder, sweep)]
         if folders:
             left[name] = len(folders) * sweep.minutes
-            print(f"{name}: {len(folders)} runs, about {left[name]:.0f} minutes on one core")
+            print(f"{name}: {len(folders)} to do, about {left[name]:.0f} min on one core")
     if left:
         about = max(*left.values(), sum(left.values()) / jobs)
-        print(
-            f"{jobs} at a time take about {about:.0f} minutes; each says in {ROOT}/<name>.log how far it is", flush=True
-        )
+        print(f"{jobs} at a time take about {about:.0f} min; {ROOT}/<name>.log says how far each is", flush=True)
 
 
 def run(name: str) -> bool:
@@ -144,15 +144,17 @@ def launch(log: TextIO, script: str, *words: str) -> bool:
     if caught:
         return False
     command = [sys.executable, DOCS.parent / script, *words]
-    child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # in a session of its own, so that a keyboard's SIGINT comes to it once, through stop, like any other signal
+    child = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     children.add(child)
     return child.wait() == 0
 
 
 def stop(number: int, frame: object) -> None:
-    """A keyboard's SIGINT reaches the runs anyway."""
+    """End the runs, which lose the epoch in flight, and begin no more."""
     caught.append(number)
-    for child in list(children) if number == signal.SIGTERM else ():
+    for child in list(children):
         child.terminate()
 
 
@@ -169,7 +171,8 @@ def shown(figure: str) -> str:
     wanted = " ".join(f"{ROOT / name}-seed{'?' if SWEEPS[name].seeds > 1 else 0}" for name in names)
     several = len(names) > 1 or SWEEPS[names[0]].seeds > 1
     path = (ROOT if several else Path(wanted)) / "figures" / f"{kind}.png"
-    return f'![{gallery.KINDS[kind].title}](study/{figure}.png)\n\n    make plots RUN="{wanted}"    # {path}\n'
+    picture = f"![{gallery.KINDS[kind].title}: {', '.join(names)}](study/{figure}.png)"
+    return f'{picture}\n\n    make plots RUN="{wanted}"    # {path}\n'
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
@@ -186,7 +189,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
-    jobs = os.cpu_count() or 1
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ROOT.mkdir(parents=True, exist_ok=True)
     say_budget(jobs)
     with ThreadPoolExecutor(jobs) as pool:
@@ -199,7 +202,7 @@ def main() -> None:
     groups = {name: tables.groups(sweep.folders(name))[0] for name, sweep in SWEEPS.items()}
     parts = {table: markdown(make({name: groups[name] for name in names})) for table, (make, names) in TABLES.items()}
     parts |= {f"figure {name}": shown(name) for name in FIGURES}
-    parts["commands"] = "".join(map(commands, SWEEPS))
+    parts["commands"] = "    export OMP_NUM_THREADS=1\n" + "".join(map(commands, SWEEPS))
     path = DOCS / "study.md"
     tables.put(path, fill(path.read_text("utf-8"), parts).encode())
     print("docs/study.md")

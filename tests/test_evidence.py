@@ -9,6 +9,7 @@ from tests import evidence
 
 README = Path(__file__).parent.parent / "README.md"
 SLOW = ("dense", "kills")
+PLAIN = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,11 @@ def test_errors_are_within_what_each_row_allows(table, name):
     assert [row for row in rows if not row.error <= row.most] == []
     shown = [cells for cells in table if cells[4] == command(name)]
     assert [cells[:2] for cells in shown] == [[row.measure, row.known] for row in rows]
+    for cells, row in zip(shown, rows, strict=True):
+        number, *unit = cells[3].split()
+        mantissa, _, exponent = number.translate(PLAIN).partition("·10")
+        assert float(f"{mantissa}e{exponent or 0}") <= row.most
+        assert unit == row.unit.split()
 
 
 def test_readme_has_each_row_and_no_other(table):

@@ -1,7 +1,10 @@
 """The study: its tables by hand, and that what study.md shows is what docs/study.py makes."""
 
 import re
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,7 @@ def test_tables_by_hand(groups, monkeypatch):
     # 50 / epoch times 1 to 5, of which the geometric mean is 120^(1/5) = 2.605, and a deviation a factor of 1.9
     assert shown == [f"{value} ×/÷ 1.89" for value in ("130", "65.1", "65.1", "32.6", "16.3", "16.3")]
     law = rows("law", groups)[0]
+    assert law["from layer to layer, end"] == "0.50 to 0.50"
     assert (law["factor, start"], law["correlation, end"], law["≤ -0.9 from epoch"]) == (
         "0.500 ×/÷ 1.00",
         "-1.000 ± 0",
@@ -51,12 +55,14 @@ def test_information_by_hand(groups):
     epochs.loc[epochs["set"] == "test", "loss"] *= 1 + epochs["seed"]  # so that the gap grows with the seed
     compression = rows("compression", groups)
     assert [row["layer"] for row in compression] == 2 * LAYERS
-    # without the input there is none in the first epoch; 0.1 epoch (1 + 0.1 seed) nats, a mean of 0.12 epoch
-    assert compression[0]["highest"] == "0.519 ± 0.068 (epoch 3)"
-    assert (compression[0]["end"], compression[0]["to lowest, train"]) == ("0.519 ± 0.068", "–")
+    # 0.1 epoch (1 + 0.1 seed) nats, a mean of 0.12 epoch
+    assert (compression[0]["start"], compression[0]["highest"]) == ("0.173 ± 0.023", "0.519 ± 0.068 (epoch 3)")
+    assert compression[0]["start to end, test"] == "0.346 ± 0.046 (5 up, 0 down)"
+    assert compression[0]["highest to lowest, test"] == "–"
     of = rows("generalisation", groups)[0]
-    assert of["minimality, train: over epochs"] == "-1.000 ± 0"  # it grows while the gap of the loss falls
-    assert of["minimality, train: over seeds"] == "1.00"
+    assert of["minimality, loss gap: over epochs"] == "-1.000 ± 0"  # it grows while the gap of the loss falls
+    assert of["minimality, loss gap: over seeds"] == of["change, loss gap: over seeds"] == "1.00"
+    assert of["minimality, accuracy: over seeds"] == "nan"  # of all seeds the same
     heads = {row["runs"]: row for row in rows("heads", groups)}  # of the last layer
     assert heads["a"]["minimality, epoch 3"] == "0.519 ± 0.068"
     assert (
@@ -65,6 +71,8 @@ def test_information_by_hand(groups):
     assert heads["a"]["between"] == "0.173 ± 0.023 (epoch 1)"
     settled = rows("settled", groups)[0]
     assert [settled[f"× {factor}"] for factor in (1, 2, 4, 8)] == ["0.058", "0.115", "0.231", "0.462"]
+    ends = rows("architectures", groups)[0]
+    assert (ends["d"], ends["NC1, test over train"], ends["the same, start"]) == ("8", "1.50 ×/÷ 1.00", "1.50 ×/÷ 1.00")
 
 
 def test_falls_and_rises_are_told_by_how_many_seeds_have_them(groups):
@@ -73,9 +81,8 @@ def test_falls_and_rises_are_told_by_how_many_seeds_have_them(groups):
     information.loc[(information["epoch"] == 3) & (information["seed"] > 0), ["minimality"]] = 0.0
     row = rows("compression", groups)[0]
     assert (row["highest"][-9:], row["lowest after"][-9:]) == ("(epoch 2)", "(epoch 3)")
-    assert (row["to lowest, train"][0], row["to lowest, train"][-16:]) == ("-", "(down in 4 of 5)")
-    assert (row["at most"], row["to end, train"]) == ("0.995", "–")  # 0.69 nats
-    assert row["end, seed 0, × 8 steps"] == "0.462"
+    assert row["highest to lowest, test"].endswith(" (1 up, 4 down)")
+    assert (row["lowest to end, test"], row["end, seed 0, × 8 steps"]) == ("–", "0.462")
 
 
 def test_a_geometric_mean_says_what_it_left_out():
@@ -101,6 +108,24 @@ def test_the_document_has_every_table_and_figure():
     assert {path.stem for path in (study.DOCS / "study").iterdir()} == set(study.FIGURES)
     for name in study.SWEEPS:
         assert study.commands(name) in text
+    for name, (_, sweeps) in study.TABLES.items():
+        part = text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
+        assert {row.split("|")[1].strip() for row in part[2:]} == set(sweeps), name
+
+
+def test_a_signal_ends_what_runs(tmp_path, monkeypatch):
+    """As a keyboard's SIGINT, of which the runs hear through stop alone."""
+    (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setattr(study, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(study, "caught", [])
+    with (tmp_path / "log").open("w") as log, ThreadPoolExecutor() as pool:
+        running = pool.submit(study.launch, log, "wait.py")
+        while not study.children:
+            time.sleep(0.01)
+        study.stop(signal.SIGINT, None)
+        assert running.result(timeout=30) is False
+        assert study.launch(log, "wait.py") is False  # nothing more is begun
+    study.children.clear()
 
 
 def test_a_table_is_put_between_its_marks():
@@ -132,7 +157,7 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "FIGURES", {"training": ("training", ["small"])})
     monkeypatch.setattr(study, "TABLES", {"fitted": (findings.fitted, ["small"])})
     study.main()
-    assert "small: 2 runs, about 1 minutes on one core" in capsys.readouterr().out
+    assert "small: 2 to do, about 1 min on one core" in capsys.readouterr().out
     text = (docs / "study.md").read_text()
     assert "--dib-size 64 --run-dir runs/study/small" in text
     assert "| small | 2 | 2 |" in text
