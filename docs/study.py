@@ -14,6 +14,7 @@ from analysis.table import markdown
 from docs import findings
 
 ROOT, DOCS = Path("runs/study"), Path(__file__).parent
+PROGRAM = DOCS.parent
 LONG = "--dib-size 512 --dib-epochs 120 --measure-dib 0 3 10 18 32 56 100 178 316 1000 3162 8000"
 IMAGES = "-d FashionMNIST --download --train-size 2000"
 
@@ -143,7 +144,7 @@ def launch(log: TextIO, script: str, *words: str) -> bool:
     """Run a script of the project on one thread; whether it did what it should."""
     if caught:
         return False
-    command = [sys.executable, DOCS.parent / script, *words]
+    command = [sys.executable, PROGRAM / script, *words]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     # in a session of its own, so that a keyboard's SIGINT comes to it once, through stop, like any other signal
     child = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)

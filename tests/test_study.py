@@ -116,7 +116,7 @@ def test_the_document_has_every_table_and_figure():
 def test_a_signal_ends_what_runs(tmp_path, monkeypatch):
     """As a keyboard's SIGINT, of which the runs hear through stop alone."""
     (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)")
-    monkeypatch.setattr(study, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(study, "PROGRAM", tmp_path)
     monkeypatch.setattr(study, "caught", [])
     with (tmp_path / "log").open("w") as log, ThreadPoolExecutor() as pool:
         running = pool.submit(study.launch, log, "wait.py")
@@ -150,7 +150,8 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     docs = tmp_path / "docs"
     (docs / "study").mkdir(parents=True)
-    (docs / "study.md").write_text("<!-- commands -->\n<!-- end -->\n<!-- fitted -->\n<!-- end -->\n")
+    marks = ("commands", "fitted", "figure training")
+    (docs / "study.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in marks))
     monkeypatch.setattr(study, "DOCS", docs)
     small = study.Sweep(2, 0.5, "-w 4 3 --epochs 2 --dib-epochs 1 --dib-size 64", settled=True)
     monkeypatch.setattr(study, "SWEEPS", {"small": small})
