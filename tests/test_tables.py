@@ -334,3 +334,12 @@ def test_names_what_it_cannot_use_of_a_table_that_a_run_need_not_have(folder, co
     with pytest.raises(ValueError, match=re.escape(f"settle.csv, {message}")) as refused:
         tables.groups([folder])
     assert "\n" not in str(refused.value)
+
+
+def test_a_script_without_depth_takes_no_epochs(tmp_path, capsys):
+    run = str(measured(tmp_path / "run", ["hidden1"]))
+    with pytest.raises(SystemExit) as end:
+        tables.script("A test.", lambda groups, folder: None, [run, "--epochs", "1"], by_depth=False)
+    assert end.value.code == 2
+    assert "unrecognized arguments: --epochs" in capsys.readouterr().err
+    tables.script("A test.", lambda groups, folder: None, [run], by_depth=False)
