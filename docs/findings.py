@@ -186,17 +186,13 @@ def architectures(groups: Groups) -> pd.DataFrame:
     """The deepest layer at which DIB splits each network (without DIB, the last layer) at the end, beside its gaps."""
     rows = []
     for name, group in groups.items():
-        nc1 = group.tables["nc1"].query("epoch == @group.last")
-        information = group.tables["information"].query("epoch == @group.last")
+        nc1, information = group.tables["nc1"], group.tables["information"]
         layer = [*group.layers, *information["layer"]][-1]
-        its = nc1[nc1["layer"] == layer]
-        row = {"runs": name, "layer": layer, "d": str(its["dim"].iloc[0])}
-        its = its.pivot(index="seed", columns="set", values="nc1")
-        before = group.tables["nc1"].query("epoch == epoch.min() and layer == @layer")
-        before = before.pivot(index="seed", columns="set", values="nc1")
+        first, its = (by_set(nc1, layer, epoch, "nc1") for epoch in (nc1["epoch"].min(), group.last))
+        told = by_set(information, layer, group.last, "minimality")
+        row = {"runs": name, "layer": layer, "d": str(nc1.loc[nc1["layer"] == layer, "dim"].iloc[0])}
         row |= {"NC1, train": geometric(its["train"]), "NC1, test over train": geometric(its["test"] / its["train"])}
-        row["the same, start"] = geometric(before["test"] / before["train"])
-        told = information[information["layer"] == layer].pivot(index="seed", columns="set", values="minimality")
+        row["the same, start"] = geometric(first["test"] / first["train"])
         row["minimality, train"] = bits(told["train"]) if len(told) else NOT_MEASURED
         row["minimality, test − train"] = bits(told["test"] - told["train"]) if len(told) else NOT_MEASURED
         for values, unit in (("loss", "nats"), ("accuracy", "%")):
@@ -204,6 +200,11 @@ def architectures(groups: Groups) -> pd.DataFrame:
             row[f"{values}, test − train ({unit})"] = cell(100 * ends if values == "accuracy" else ends)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_set(table: pd.DataFrame, layer: str, epoch: int, value: str) -> pd.DataFrame:
+    """The values of a layer in an epoch: seeds down, sets across."""
+    return table.query("layer == @layer and epoch == @epoch").pivot(index="seed", columns="set", values=value)
 
 
 def heads(groups: Groups) -> pd.DataFrame:

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import runs
 from analysis import gallery, tables
 from analysis.table import markdown
+from analysis.tables import Group
 from docs import findings
 
 ROOT, DOCS = Path("runs/study"), Path(__file__).parent
@@ -159,10 +161,15 @@ def stop(number: int, frame: object) -> None:
         child.terminate()
 
 
+@cache
+def groups(*names: str) -> list[Group]:
+    """The runs of these sweeps, named by what sets them apart."""
+    return tables.groups([folder for name in names for folder in SWEEPS[name].folders(name)])
+
+
 def draw(figure: str) -> None:
     kind, names = FIGURES[figure]
-    groups = tables.groups([folder for name in names for folder in SWEEPS[name].folders(name)])
-    (content,) = gallery.picture(kind, groups, ("png",))
+    (content,) = gallery.picture(kind, groups(*names), ("png",))
     tables.put(DOCS / "study" / f"{figure}.png", content)
 
 
@@ -200,8 +207,7 @@ def main() -> None:
     for figure in FIGURES:
         draw(figure)
         print(f"docs/study/{figure}.png")
-    groups = {name: tables.groups(sweep.folders(name))[0] for name, sweep in SWEEPS.items()}
-    parts = {table: markdown(make({name: groups[name] for name in names})) for table, (make, names) in TABLES.items()}
+    parts = {name: markdown(make({each: groups(each)[0] for each in names})) for name, (make, names) in TABLES.items()}
     parts |= {f"figure {name}": shown(name) for name in FIGURES}
     parts["commands"] = "    export OMP_NUM_THREADS=1\n" + "".join(map(commands, SWEEPS))
     path = DOCS / "study.md"
