@@ -1,20 +1,21 @@
-"""NC1, within-class variability collapse, at every tap of a model: tr(Sigma_W pinv(Sigma_B)).
+"""NC1, within-class variability collapse, at the layers of a model: tr(Sigma_W pinv(Sigma_B)).
 
-N samples, C classes, n_c samples of class c, h in R^d the flattened activation at a tap. With mu_c the class means, mu
-the mean over all samples and M = [mu_1 - mu, ..., mu_C - mu] (d x C),
+N samples, C classes, n_c samples of class c, h in R^d the flattened activation of a layer. With mu_c the class means,
+mu the mean over all samples and M = [mu_1 - mu, ..., mu_C - mu] (d x C),
 
     Sigma_B = M M^T / C        Sigma_W = (1/N) sum_i (h_i - mu_c(i)) (h_i - mu_c(i))^T.
 
-d reaches 10^5, so neither is ever formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1, and
+d reaches 10^5, so no d x d matrix is formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1, and
 P = S^-1 U^T (r x d),
 
     tr(Sigma_W pinv(Sigma_B)) = (C/N) sum_i || P (h_i - mu_c(i)) ||^2.
 
-The trace is not divided by C; Papyan, Han & Donoho (PNAS 2020) divide. `collapse` is this on one matrix of activations;
-`measure` takes it from all taps of a model in batches: one pass over the samples for the class means, one for the sum.
+NC1 has no unit. It is not divided by C; Papyan, Han & Donoho (PNAS 2020) divide. `collapse` computes it for one matrix
+of activations. `measure` computes it for the layers of a model, in two passes over the samples: one for the class means
+(ClassMeans), one for the sum (Scatter).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -23,32 +24,33 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-import checks
-import devices
-import ranks
+from layerwise import checks, devices, processes
+from layerwise.samples import Samples
 
-# Singular values of M below so many eps of the activations, times the largest, are taken for rounding: 1e-6 in float32,
-# where rounding was seen at 5e-9 to 6e-6. No rule is right everywhere, so that the value comes with kept and dropped.
+__all__ = ["ClassMeans", "Collapse", "Samples", "Scatter", "collapse", "measure"]
+
+# Singular values of M below so many eps of the activations, times the largest, count as rounding: 1e-6 in float32.
+# Rounding was seen at 5e-9 to 6e-6. No tolerance is right for all networks, so `kept` and `dropped` stand beside NC1.
 RANK_TOLERANCE = 8
 
-# A plain network, of these layers and no others, with up to so many parameters is measured in float64: in float32
-# rounding hides directions of the means of deep saturated layers or adds some, and NC1 changes by orders of magnitude.
-# It takes 1.5 to 2.2 times as long, at this size 0.1 s instead of 0.05 s for 7,000 samples on a core.
-SMALL = 200_000  # parameters
+# Networks of these layers alone, with at most SMALL parameters, run in float64. In float32 rounding hides directions of
+# the class means of deep saturated layers, or adds some, and NC1 changes by orders of magnitude. float64 takes 1.5 to
+# 2.2 times as long: at this size 0.1 s instead of 0.05 s for 7,000 samples on a core.
+SMALL = 200_000
 ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
-PLAIN = (nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.Linear, *ELEMENTWISE)
+MLP_LAYERS = (nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.Linear, *ELEMENTWISE)
 
-KEEP_BYTES = devices.KEEP_BYTES  # activations kept from the first pass
-# Of activations turned into float64 at a time: on a CPU larger chunks were slower; on CUDA 8 MiB would pass in less
-# time than the launch of a kernel takes (by estimate).
+# Bytes of activations that are converted to float64 at a time. Larger chunks were slower on a CPU. On CUDA 8 MiB take
+# less time than the launch of a kernel (an estimate).
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 
 
 class Collapse(NamedTuple):
-    """NC1 of a layer, and how sure its rank is.
+    """NC1 of a layer, and how reliable its rank is.
 
-    kept and dropped: the smallest singular value of M that counts and the largest that does not, as shares of the
-    largest. At full rank, min(d, C - 1), dropped is 0; at rank 0 nc1 and kept are NaN, and dropped is 1, NaN if M is 0.
+    kept and dropped: the smallest singular value of M that counts towards the rank and the largest that does not, as
+    shares of the largest. At full rank, min(d, C - 1), dropped is 0. At rank 0, nc1 and kept are NaN, and dropped is 1,
+    or NaN if M is 0.
     """
 
     dim: int
@@ -59,160 +61,193 @@ class Collapse(NamedTuple):
 
 
 def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
-    """NC1 of activations h (N, d), floating-point, of classes y (N,) in 0 .. C - 1, each with a sample."""
+    """Return NC1 of activations h (N, d), floating-point, of classes y (N,) in 0 .. C - 1, each with a sample."""
     (N, d), C = h.shape, num_classes
     counts = torch.bincount(y, minlength=C).double()  # n_c
     means = h.new_zeros(C, d, dtype=torch.float64).index_add_(0, y, h.double()) / counts[:, None]  # mu_c
-    P, kept, dropped = projection(means, counts, torch.finfo(h.dtype).eps)  # (r, d)
+    P, kept, dropped = compute_projection(means, counts, torch.finfo(h.dtype).eps)  # (r, d)
     total = (P @ (h.double() - means[y]).T).square().sum()  # (r, N)
     return Collapse(d, len(P), C / N * total.item() if len(P) else float("nan"), kept, dropped)
 
 
-def projection(means: Tensor, counts: Tensor, eps: float, origin: Tensor | None = None) -> tuple[Tensor, float, float]:
-    """P = S^-1 U^T (r, d) of M = U S V^T, and kept and dropped of Collapse; r is the rank of M.
+def compute_projection(
+    means: Tensor, counts: Tensor, eps: float, origin: Tensor | None = None
+) -> tuple[Tensor, float, float]:
+    """Return P = S^-1 U^T (r, d) of M = U S V^T, and kept and dropped of Collapse. r is the rank of M.
 
-    means: the class means (C, d) less origin, which M does not depend on; counts: n_c (C,); both float64. eps: that of
-    the activations. A direction counts towards the rank if its singular value exceeds RANK_TOLERANCE eps times the
-    largest, and sqrt(C) eps times the length of the longest class mean: the most that M has where each number in the
-    class means is off by eps.
+    means: the class means (C, d) minus origin, float64. counts: n_c (C,), float64. eps: that of the dtype of the
+    activations. A singular value counts towards the rank if it exceeds RANK_TOLERANCE eps times the largest, and
+    sqrt(C) eps times the length of the longest class mean. The latter is the largest singular value that M can have
+    if each number in the class means is off by eps.
     """
     C, d = means.shape
     mu = counts @ means / counts.sum()  # (d,)
-    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK's singular values give the same rank on every device
+    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK gives the same rank for every device
     _, S, Ut = torch.linalg.svd(Mt, full_matrices=False)  # M^T = V S U^T: (min(d, C),), (min(d, C), d)
     longest = (means if origin is None else means + origin).norm(dim=1).max().item()
     floor = max(RANK_TOLERANCE * eps * S[0].item(), C**0.5 * eps * longest)
-    most = min(d, C - 1)  # the counts times the columns of M add up to 0
+    most = min(d, C - 1)  # the columns of M times n_c sum to 0
     r, shares = int((S[:most] > floor).sum()), (S / S[0]).tolist()
     P = (Ut[:r] / S[:r, None]).to(means.device)
     return P, shares[r - 1] if r else float("nan"), shares[r] if r < most else 0.0
 
 
-@devices.exact_float32()
+class ClassMeans:
+    """Accumulate the class means of the activations of a layer.
+
+    first: the activation of one sample, (1, d). All processes use that of the first process. counts: n_c (C,).
+    """
+
+    def __init__(self, first: Tensor, counts: Tensor):
+        self.eps, self.counts = torch.finfo(first.dtype).eps, counts.double().to(first.device)
+        # Sums of float64 numbers far from 0 lose digits that the numbers have, so they are taken from an origin.
+        self.origin = first if first.dtype == torch.float64 else None
+        if self.origin is not None:
+            processes.broadcast(self.origin)
+        self.sums = first.new_zeros(len(counts), first.shape[1], dtype=torch.float64)
+
+    def update(self, h: Tensor, y: Tensor) -> None:
+        """Add activations h (B, d) of classes y (B,)."""
+        for h_part, y_part in convert_to_float64(h, y, self.origin):
+            self.sums.index_add_(0, y_part, h_part)
+
+    def compute(self) -> Tensor:
+        """Return mu_c minus the origin, (C, d) float64, over all processes; not finite if an activation is not."""
+        processes.all_reduce_sum(self.sums)
+        return self.sums / self.counts[:, None]
+
+
+class Scatter:
+    """Accumulate sum_i || P (h_i - mu_c(i)) ||^2 of a layer whose class means are known."""
+
+    def __init__(self, class_means: ClassMeans, means: Tensor):
+        self.origin, counts = class_means.origin, class_means.counts
+        self.N, (self.C, self.d) = counts.sum().item(), means.shape
+        self.P, self.kept, self.dropped = compute_projection(means, counts, class_means.eps, self.origin)  # (r, d)
+        self.centres = self.P @ means.T  # (r, C)
+        self.total = means.new_zeros(())
+
+    def update(self, h: Tensor, y: Tensor) -> None:
+        """Add activations h (B, d) of classes y (B,).
+
+        Computed as || P h - P mu_c ||^2. What float64 loses in that difference is below the rounding of h.
+        """
+        for h_part, y_part in convert_to_float64(h, y, self.origin):
+            self.total += (self.P @ h_part.T - self.centres[:, y_part]).square().sum()  # (r, b)
+
+    def compute(self) -> Collapse:
+        """Return NC1 over all processes."""
+        processes.all_reduce_sum(self.total)
+        r = len(self.P)
+        nc1 = self.C / self.N * self.total.item() if r else float("nan")
+        return Collapse(self.d, r, nc1, self.kept, self.dropped)
+
+
+@devices.disable_tf32()
 def measure(
     model: nn.Module,
-    taps: dict[str, nn.Module],
-    samples,
+    layers: dict[str, nn.Module],
+    samples: Samples,
     num_classes: int,
     batch_size: int = 400,
-    keep_bytes: int = KEEP_BYTES,
+    cache_bytes: int = devices.CACHE_BYTES,
 ) -> dict[str, Collapse]:
-    """NC1 of every tap of some samples: what `collapse` gives for its outputs, whatever the batch size.
+    """Return {name: NC1 of the outputs of that layer}: what `collapse` returns for them, for any batch size.
 
-    taps: modules of the model, each called once a forward pass with an output (B, ...). samples: len(), .labels (N,) of
-    integers, .batch(indices) -> (inputs, labels), on the labels' device, the same whenever and in whatever order they
-    are asked for. The model is measured in eval mode with the weights it has, and left in the mode it was in; a network
-    of PLAIN layers alone and up to SMALL float32 parameters runs in float64. The value has no unit. Activations of the
-    deepest taps are kept for the second pass as far as keep_bytes allows; for the others the model runs again, no
-    deeper than needed. Processes that torchrun started share the batches, and must all call.
-    Raises ValueError for labels that are not such a tensor or not those of the batches, lie outside 0 .. C - 1 or leave
-    a class without samples, and naming the layer for a tap not called exactly once, and for outputs that are not
-    floating-point tensors, have no row for each sample, depend on the samples beside it, or are not finite.
+    Parameters:
+        model: in any mode. It is measured in eval mode with the weights it has. A network of MLP_LAYERS alone, with at
+            most SMALL float32 parameters, runs in float64.
+        layers: modules of the model by name. Each is called once in a forward pass, with an output (B, ...).
+        samples: an object with len(), .labels (N,) of integers in 0 .. C - 1, each class present, and
+            .batch(indices) -> (inputs, labels), which returns the same for a sample each time.
+        num_classes: C.
+        batch_size: of the passes.
+        cache_bytes: how many bytes of activations are cached in the first pass, from the deepest layer on. For the
+            other layers the model runs a second time, up to the deepest of them.
+
+    Processes that torchrun started share the batches, and must all call. The model, its modes and the samples stay as
+    they were.
+
+    Raises:
+        ValueError: for labels that are not such a tensor, for a class without samples, and, naming the layer, for a
+            layer that is not called exactly once, and for outputs that are not floating-point tensors, have no row for
+            each sample, depend on the other samples of the batch, or are not finite.
     """
-    if not isinstance(taps, dict) or batch_size < 1:
-        raise ValueError(f"NC1: expected taps in a dict and batches of at least 1, got {type(taps)} and {batch_size}")
-    labels = _labels(samples, num_classes)
+    if not isinstance(layers, dict) or batch_size < 1:
+        raise ValueError(
+            f"NC1: layers must be a dict and batch_size at least 1, got {type(layers).__name__} and {batch_size}"
+        )
+    labels = validate_classes(samples, num_classes)
+    if not layers:
+        return {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.autocast(labels.device.type, enabled=False):
-            return _measure(_in_float64(model), taps, samples, labels, num_classes, batch_size, keep_bytes)
+            found = measure_in_eval_mode(model, layers, samples, labels, num_classes, batch_size, cache_bytes)
     finally:
         for module, training in modes:
             module.training = training
+    return {name: found[name] for name in layers}
 
 
-def _measure(run, taps, samples, labels, C, batch_size, keep_bytes) -> dict[str, Collapse]:
-    run, layers = _probe(run, taps, checks.inputs(samples, labels, "NC1"), C)
-    by_depth = list(layers)
-    for tap in reversed(by_depth):
-        needed = len(labels) * layers[tap].row_bytes
-        if needed > keep_bytes:
-            break  # the passes have to go through what lies before anyway
-        layers[tap].keeps, keep_bytes = True, keep_bytes - needed
+def measure_in_eval_mode(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    samples: Samples,
+    labels: Tensor,
+    num_classes: int,
+    batch_size: int,
+    cache_bytes: int,
+) -> dict[str, Collapse]:
+    """Return what `measure` returns, in order of depth, for a model in eval mode and labels that are validated."""
+    run, outputs, overwritten = try_layers(make_forward(model), layers, checks.validate_inputs(samples, labels, "NC1"))
+    layers = {name: layers[name] for name in outputs}  # in the order in which they are called: by depth
+    counts = torch.bincount(labels, minlength=num_classes)
+    class_means = {name: ClassMeans(h[:1], counts) for name, h in outputs.items()}
 
-    batches = _batches(samples, labels, batch_size, "NC1 class means")
-    _visit(run, taps, by_depth, batches, lambda tap, h, y: layers[tap].add(h, y))
-    for layer in layers.values():
-        layer.add_sums(layer.kept)
-    ranks.add_up(*(layer.sums for layer in layers.values()))
-    counts = torch.bincount(labels, minlength=C).double()
-    for tap in by_depth:  # the first layer that is not finite spoils the deeper ones
-        if not layers[tap].sums.isfinite().all():
-            raise ValueError(f"NC1: the activations of layer {tap!r} are not finite")
-        layers[tap].project(counts)
+    cached: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name in reversed(layers):
+        needed = len(labels) * outputs[name][:1].nbytes
+        if needed > cache_bytes:
+            break  # the second pass has to go this deep in any case
+        cached[name], cache_bytes = [], cache_bytes - needed
 
-    for layer in layers.values():
-        layer.add_distances(layer.kept)
-    again = [tap for tap in by_depth if not layers[tap].keeps]
+    batches = iterate_batches(samples, labels, batch_size, "NC1 class means")
+    for activations, y in iterate_activations(run, layers, overwritten, batches):
+        for name, h in activations.items():
+            if name in cached:
+                cached[name].append((h, y.to(h.device)))
+            else:
+                class_means[name].update(h, y.to(h.device))
+    for name, its_batches in cached.items():
+        for h, y in join_batches(its_batches):
+            class_means[name].update(h, y)
+
+    scatter = {}
+    for name in layers:  # an activation that is not finite makes those of deeper layers not finite: name the first
+        means = class_means[name].compute()
+        if not means.isfinite().all():
+            raise ValueError(f"NC1: the activations of layer {name!r} are not finite")
+        scatter[name] = Scatter(class_means.pop(name), means)
+
+    for name, its_batches in cached.items():
+        for h, y in join_batches(its_batches):
+            scatter[name].update(h, y)
+    again = {name: layer for name, layer in layers.items() if name not in cached}
     if again:
-        batches = _batches(samples, labels, batch_size, "NC1 distances")
-        _visit(run, taps, again, batches, lambda tap, h, y: layers[tap].add_distances([(h, y)]))
-    ranks.add_up(*(layer.total for layer in layers.values()))
-    return {tap: layers[tap].result(len(labels), C) for tap in taps}
+        batches = iterate_batches(samples, labels, batch_size, "NC1 distances")
+        for activations, y in iterate_activations(run, again, overwritten, batches):
+            for name, h in activations.items():
+                scatter[name].update(h, y.to(h.device))
+    return {name: scatter[name].compute() for name in layers}
 
 
-class _Layer:
-    """`collapse` batch by batch: all are added once for the class means and, after project, again for the sum."""
-
-    def __init__(self, h: Tensor, C: int, overwritten: bool):
-        """h: the output for one sample, (1, d); of several processes that of the first counts. overwritten: whether a
-        layer that comes later works on the output in place."""
-        self.eps, self.row_bytes = torch.finfo(h.dtype).eps, h.nbytes
-        # sums of float64 numbers far from 0 lose digits that those have, so that they start from one of them
-        self.origin = h if h.dtype == torch.float64 else None
-        ranks.from_first(*([h] if h.dtype == torch.float64 else []))
-        self.sums = h.new_zeros(C, h.shape[1], dtype=torch.float64)
-        self.total = h.new_zeros((), dtype=torch.float64)
-        self.keeps, self.kept, self.overwritten = False, [], overwritten
-
-    def add(self, h: Tensor, y: Tensor) -> None:
-        if self.keeps:
-            self.kept.append((h.clone() if self.overwritten else h, y))
-        else:
-            self.add_sums([(h, y)])
-
-    def add_sums(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        for h, y in _float64(batches, self.origin):
-            self.sums.index_add_(0, y, h)
-
-    def project(self, counts: Tensor) -> None:
-        counts = counts.to(self.sums.device)
-        self.means = self.sums.div_(counts[:, None])  # mu_c less origin, (C, d)
-        self.P, *self.evidence = projection(self.means, counts, self.eps, self.origin)  # (r, d)
-
-    def add_distances(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        """As || P h_i - P mu_c(i) ||^2: what float64 loses in that difference is below the rounding of h."""
-        centers = self.P @ self.means.T  # (r, C)
-        for h, y in _float64(batches, self.origin):
-            self.total += (self.P @ h.T - centers[:, y]).square().sum()  # (r, b)
-
-    def result(self, N: int, C: int) -> Collapse:
-        r, d = self.P.shape
-        return Collapse(d, r, C / N * self.total.item() if r else float("nan"), *self.evidence)
-
-
-def _float64(batches: list[tuple[Tensor, Tensor]], origin: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same samples in float64, less origin (1, d) if there is one.
-
-    Batches are joined or cut so that a copy has at most CHUNK_BYTES, if not one row.
-    """
-    if not batches:
-        return
-    B, d = batches[0][0].shape
-    rows = max(1, CHUNK_BYTES.get(batches[0][0].device.type, CHUNK_BYTES["cpu"]) // (8 * d))
-    together = max(1, rows // B)  # batches
-    for i in range(0, len(batches), together):
-        h, y = map(torch.cat, zip(*batches[i : i + together], strict=True)) if together > 1 else batches[i]
-        for some_h, some_y in zip(h.split(rows), y.split(rows), strict=True):
-            yield some_h.double() if origin is None else some_h - origin, some_y
-
-
-def _labels(samples, num_classes: int) -> Tensor:
-    """(N,) int64, every class present."""
-    labels = checks.labels(samples, "NC1")
+def validate_classes(samples: Samples, num_classes: int) -> Tensor:
+    """Return the labels (N,) int64. Raises ValueError for labels outside 0 .. C - 1 and for a class without samples."""
+    labels = checks.validate_labels(samples, "NC1")
     if num_classes < 2:
-        raise ValueError(f"NC1: num_classes has to be at least 2, got {num_classes}")
+        raise ValueError(f"NC1: num_classes must be at least 2, got {num_classes}")
     if not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(
             f"NC1: labels must lie in 0..{num_classes - 1}, got {labels.min().item()}..{labels.max().item()}"
@@ -223,89 +258,134 @@ def _labels(samples, num_classes: int) -> Tensor:
     return labels
 
 
-def _in_float64(model: nn.Module) -> Callable:
-    """The model, or a function that runs it with its parameters in float64 where it is small and plain."""
+def make_forward(model: nn.Module) -> Callable[[Tensor], object]:
+    """Return the model, or, for a small MLP, a function that runs it with its parameters in float64."""
     for m in model.modules():
-        if type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
+        if type(m) not in MLP_LAYERS or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
             return model
     params = dict(model.named_parameters())
-    small = 0 < sum(p.numel() for p in params.values()) <= SMALL
-    if not small or any(p.dtype != torch.float32 for p in params.values()):
+    is_small = 0 < sum(p.numel() for p in params.values()) <= SMALL
+    if not is_small or any(p.dtype != torch.float32 for p in params.values()):
         return model
     params = {name: p.detach().double() for name, p in params.items()}
     return lambda x: functional_call(model, params, (x.double(),))
 
 
-def _batches(samples, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, classes y (B,)) in data order, this process's share; a bar where it takes long and somebody looks."""
-    shares = ranks.share(torch.arange(len(labels), device=labels.device).split(batch_size))
+def try_layers(run: Callable, layers: dict[str, nn.Module], x: Tensor) -> tuple[Callable, dict[str, Tensor], set[str]]:
+    """Run the model on a few inputs x (B, ...), and see how its layers have to be recorded.
+
+    Returns how to run the model, the outputs {name: (B, d)} in the order in which the layers are called, and the names
+    of the outputs that a later layer overwrites in place. These are copied in the passes. Copying all would take a
+    tenth of the time. Raises ValueError for outputs that depend on the other samples or change from call to call.
+    """
+    outputs = record_outputs(run, layers, set(layers), x.clone())
+    of_some = record_outputs(run, layers, set(layers), x[::2].clone())
+    given = x.clone()
+    afterwards = record_outputs(run, layers, set(), given)
+    for name, h in outputs.items():
+        checks.refuse_mixing(f"NC1: layer {name!r}", h[::2], of_some[name])
+    overwritten = {name for name, h in outputs.items() if not torch.equal(h, afterwards[name])}
+    return (run if torch.equal(given, x) else lambda x: run(x.clone())), outputs, overwritten
+
+
+def iterate_batches(samples: Samples, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, classes y (B,)) in data order, the share of this process, with a progress bar.
+
+    Raises ValueError for inputs without a row for each index, and at the end if samples.batch returned other labels
+    than `labels`.
+    """
+    shares = processes.take_share(torch.arange(len(labels), device=labels.device).split(batch_size))
     differ = torch.zeros((), dtype=torch.bool, device=labels.device)
     for indices in tqdm(shares, title, leave=False, disable=None, delay=1):
         x, y = samples.batch(indices)
+        if len(x) != len(indices):
+            raise ValueError(f"NC1: samples.batch(indices) returns {len(x)} inputs for {len(indices)} indices")
         differ |= (y != labels[indices]).any()
         yield x, labels[indices]
-    if differ:  # looked at once, as CUDA would wait for it
-        raise ValueError("NC1: samples.batch(indices) gives other labels than samples.labels[indices]")
+    if differ:  # read once, at the end: each read waits for CUDA
+        raise ValueError("NC1: samples.batch(indices) returns other labels than samples.labels[indices]")
 
 
-class _Enough(BaseException):
-    """Raised in the deepest tap that is asked for, to end the forward pass there; no `except Exception` stops it."""
+def iterate_activations(
+    run: Callable, layers: dict[str, nn.Module], copied: set[str], batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield ({name: activations (B, d)}, classes y (B,)) of every batch. The forward pass ends at the last layer."""
+    *_, last = layers
+    for x, y in batches:
+        yield record_outputs(run, layers, copied, x, last), y
+
+
+class _EndOfForwardPass(BaseException):
+    """Raised in the deepest layer that is needed. No `except Exception` in a model catches it."""
 
 
 @torch.no_grad()
-def _visit(run: Callable, taps: dict, names: list[str], batches: Iterable, visit: Callable, stop: bool = True) -> None:
-    """Call visit(tap, h, y) with the output h (B, d) of every tap named, for every batch of inputs and classes y (B,).
+def record_outputs(
+    run: Callable, layers: dict[str, nn.Module], copied: set[str], x: Tensor, last: str | None = None
+) -> dict[str, Tensor]:
+    """Run the model on inputs x (B, ...), and return {name: output (B, d)} in the order in which layers are called.
 
-    stop: the names are in order of depth, and the last one ends the forward pass.
+    copied: layers whose output is copied, as a later layer overwrites it. last: the layer at which the forward pass
+    ends. Raises ValueError for a layer that is not called exactly once, or whose output is not (B, ...).
     """
+    outputs: dict[str, Tensor] = {}
     calls: list[str] = []
 
-    def hook(tap: str, output: object) -> None:
-        calls.append(tap)
-        visit(tap, _features(tap, output, len(y)), y.to(output.device))
-        if stop and tap == names[-1]:
-            raise _Enough
+    def make_hook(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            calls.append(name)
+            h = flatten_output(name, output, len(x))
+            outputs[name] = h.clone() if name in copied else h
+            if name == last:
+                raise _EndOfForwardPass
 
-    handles = [taps[tap].register_forward_hook(lambda _, __, output, tap=tap: hook(tap, output)) for tap in names]
+        return hook
+
+    handles = [layer.register_forward_hook(make_hook(name)) for name, layer in layers.items()]
     try:
-        for x, y in batches:  # noqa: B007 - the hooks use y
-            calls.clear()
-            with suppress(_Enough):
-                run(x)
-            for tap in names:
-                if (count := calls.count(tap)) != 1:
-                    raise ValueError(f"NC1: layer {tap!r} is called {count} times in a forward pass, expected once")
+        with suppress(_EndOfForwardPass):
+            run(x)
     finally:
         for handle in handles:
             handle.remove()
+    for name in layers:
+        if (count := calls.count(name)) != 1:
+            raise ValueError(f"NC1: layer {name!r} is called {count} times in a forward pass, expected once")
+    return outputs
 
 
-def _features(tap: str, output: object, B: int) -> Tensor:
-    """An output (B, ...) as (B, d), the features in the order in which convolutions have them in memory, channels
-    last: NC1 does not depend on it."""
-    good = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.numel()
-    if not good or len(output) != B:
+def flatten_output(name: str, output: object, B: int) -> Tensor:
+    """Return an output (B, ...) as (B, d). Features are in the order of memory with channels last, which is no copy."""
+    is_valid = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.numel()
+    if not is_valid or len(output) != B:
         raise ValueError(
-            f"NC1: layer {tap!r} gives {checks.described(output)}, expected a floating-point tensor of shape ({B}, ...)"
+            f"NC1: layer {name!r} returns {checks.describe(output)}, "
+            f"expected a floating-point tensor of shape ({B}, ...)"
         )
     return output.detach().movedim(1, -1).flatten(1)
 
 
-def _probe(run: Callable, taps: dict[str, nn.Module], x: Tensor, C: int) -> tuple[Callable, dict[str, _Layer]]:
-    """How to run the model, and a _Layer for every tap in the order in which the model calls them, from the inputs x of
-    some samples.
+def count_chunk_rows(h: Tensor) -> int:
+    """Return how many rows of activations h (B, d) are converted to float64 at a time."""
+    return max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cpu"]) // (8 * h.shape[1]))
 
-    Their outputs must not depend on the samples beside them, nor on when they are computed. What is overwritten in
-    place, inputs or outputs, shows here, and is copied from then on: to copy all would cost a tenth of the time.
-    """
-    given, seen = x.clone(), []
-    for some in (given, x[::2].clone()):
-        outputs: dict[str, tuple[Tensor, Tensor]] = {}
-        seen.append(outputs)
-        batch = some, torch.zeros(len(some), dtype=torch.int64, device=x.device)
-        _visit(run, taps, list(taps), [batch], lambda tap, h, _, o=outputs: o.update({tap: (h, h.clone())}), stop=False)
-    layers = {}
-    for tap, (h, as_it_was) in seen[0].items():
-        checks.refuse_mixing(f"NC1: layer {tap!r}", as_it_was[::2], seen[1][tap][1])
-        layers[tap] = _Layer(as_it_was[:1], C, overwritten=not torch.equal(h, as_it_was))
-    return (run if torch.equal(given, x) else lambda x: run(x.clone())), layers
+
+def convert_to_float64(h: Tensor, y: Tensor, origin: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the activations h (B, d), minus origin (1, d) if there is one, and y (B,) in float64 chunks of rows."""
+    rows = count_chunk_rows(h)
+    for h_part, y_part in zip(h.split(rows), y.split(rows), strict=True):
+        yield h_part.double() if origin is None else h_part - origin, y_part
+
+
+def join_batches(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches (h, y), joined to as many rows as are converted to float64 at a time."""
+    if not batches:
+        return
+    h = batches[0][0]
+    together = max(1, count_chunk_rows(h) // len(h))  # batches
+    for i in range(0, len(batches), together):
+        if together == 1:
+            yield batches[i]
+        else:
+            h_parts, y_parts = zip(*batches[i : i + together], strict=True)
+            yield torch.cat(h_parts), torch.cat(y_parts)

@@ -1,22 +1,22 @@
-"""Algorithm 1: labelings that tell apart the samples of a class, exactly and in integers."""
+"""Algorithm 1: labelings that tell apart the samples of a class, in exact integer arithmetic."""
 
 import torch
 from torch import Tensor
 
 
 def relabel(labels: Tensor, num_classes: int) -> Tensor:
-    """Write every sample's index within its class in base C: digit k of all samples is labeling k.
+    """Return the index of each sample within its class in base C. Digit k of all samples is labeling k.
 
-    The samples of each class are enumerated 0 .. n_c - 1 in data order. The index is written most significant
-    digit first, padded to D = max(1, ceil(log_C(max_c n_c))) digits. Together the D labelings name every sample of a
-    class, and each of them has C labels, so a decoder made for the classes fits all of them.
+    The samples of each class are enumerated 0 .. n_c - 1 in data order. The index is written with the most significant
+    digit first, padded to D = max(1, ceil(log_C(max_c n_c))) digits. The D labelings together identify every sample of
+    a class. Each of them has C labels, as many as the decoder has outputs.
 
     labels: (N,) int64 in 0 .. C - 1, in any order; a class may be absent.
     Returns (N, D) int64, digits in 0 .. C - 1.
     Raises ValueError for C < 2, for labels that are not 1-D, not int64 or outside 0 .. C - 1.
     Source: Dubois et al., "Learning optimal representations with the decodable information bottleneck", NeurIPS 2020
-    (arXiv 2009.12789), Algorithm 1, modified: the enumeration is in data order and D is found without logarithms,
-    which give the wrong D at exact powers of C in floating point.
+    (arXiv 2009.12789), Algorithm 1, modified: the enumeration is in data order, and D is computed without logarithms,
+    which in floating point give the wrong D at exact powers of C.
     """
     C = num_classes
     if C < 2:
@@ -27,8 +27,8 @@ def relabel(labels: Tensor, num_classes: int) -> Tensor:
         raise ValueError(f"labels must lie in 0..{C - 1}, got {labels.min().item()}..{labels.max().item()}")
 
     counts = torch.bincount(labels, minlength=C)  # (C,)
-    order = labels.argsort(stable=True)  # the samples class by class, in data order
-    first = (counts.cumsum(0) - counts)[labels[order]]  # where the class of each begins in that order
+    order = labels.argsort(stable=True)  # the samples, class by class, in data order
+    first = (counts.cumsum(0) - counts)[labels[order]]  # position in `order` where the class of each sample begins
     index = torch.empty_like(labels)
     index[order] = torch.arange(len(labels), device=labels.device) - first
 

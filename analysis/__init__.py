@@ -1,3 +1,4 @@
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook hands on its own to what it starts, which is not to be had there
+# A notebook sets a backend of its own for the programs that it starts, and they cannot load it.
+os.environ["MPLBACKEND"] = "agg"

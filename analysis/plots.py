@@ -4,16 +4,18 @@ from pathlib import Path
 
 from analysis import gallery, tables
 from analysis.tables import Group
+from layerwise import runs
 
 
 def write(groups: list[Group], folder: Path) -> None:
+    """Write every figure into a subfolder figures/, and print the paths of the PNGs."""
     folder = folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, files in gallery.pictures(groups, ("png", "pdf")):
+    for name, files in gallery.render_figures(groups, ("png", "pdf")):
         for ending, content in zip(("png", "pdf"), files, strict=True):
-            tables.put(folder / f"{name}.{ending}", content)
+            runs.write_atomically(folder / f"{name}.{ending}", content)
         print(folder / f"{name}.png")
 
 
 if __name__ == "__main__":
-    tables.script(__doc__, write)
+    tables.run_script(__doc__, write)

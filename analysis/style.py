@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, colours, markers, legends."""
+"""Set how every figure looks: sizes, colours, markers, axes and legends."""
 
 import matplotlib
 import numpy as np
@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
-    "pdf.fonttype": 42,  # fonts embedded as text, as publishers ask
-    "svg.fonttype": "path",  # a page is drawn alike where the font is missing
+    "pdf.fonttype": 42,  # fonts are embedded as text, which publishers require
+    "svg.fonttype": "path",  # a page looks the same where the font is missing
     "font.size": 10,
     "legend.fontsize": "small",
     "legend.title_fontsize": "small",
@@ -25,15 +25,15 @@ STYLE = {
 }
 WIDTH = 8.4  # inches, of a figure of two panels side by side
 LEAST_BITS = 0.1  # of an axis
-MANY = 10  # names, from which on a legend has two columns
+MANY = 10  # a legend of more names has two columns
 
 
-def shades(name: str, lightest: float) -> ListedColormap:
-    """A colour map from dark to light, also in grey, up to where it gets faint on paper."""
+def make_colormap(name: str, lightest: float) -> ListedColormap:
+    """Return a colour map from dark to light, also in grey, without the colours that are too faint on paper."""
     return ListedColormap(matplotlib.colormaps[name](np.linspace(0, lightest, 256)))
 
 
-LAYERS, EPOCHS = shades("viridis", 0.78), shades("inferno", 0.75)
+LAYERS, EPOCHS = make_colormap("viridis", 0.78), make_colormap("inferno", 0.75)
 MARKERS = "osD^v<>Pph8d"
 INPUT = {"color": "black", "marker": "X"}
 CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5}  # NC1 of a layer whose class means lost a direction
@@ -41,36 +41,39 @@ HOLLOW = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.6}
 DASHES = {"train": "-", "test": "--"}
 
 
-def colours(names: list) -> dict[str, dict]:
-    """A colour and a marker for each name in order: the same for a layer in every figure, if all layers are named."""
+def assign_looks(names: list) -> dict[str, dict]:
+    """Return a colour and a marker for each name in order.
+
+    Given all layers of a network, a layer gets the same in every figure.
+    """
     return {
         name: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
         for i, (name, colour) in enumerate(zip(names, LAYERS(np.linspace(0, 1, len(names))), strict=True))
     }
 
 
-def epochs(last: int) -> FuncNorm:
-    """The norm that gives epochs their colours: early ones, when most happens, are told apart too."""
+def make_epoch_norm(last: int) -> FuncNorm:
+    """Return the norm of the colours of epochs up to the last. It is logarithmic, to tell early epochs apart."""
     return FuncNorm((np.log1p, np.expm1), 0, max(2, last))
 
 
-def of_epoch(epoch: ArrayLike, last: int) -> np.ndarray:
-    """The colour of an epoch, or of several, of so many."""
-    return EPOCHS(epochs(last)(epoch))
+def get_epoch_colour(epoch: ArrayLike, last: int) -> np.ndarray:
+    """Return the colour of one epoch or the colours of several."""
+    return EPOCHS(make_epoch_norm(last)(epoch))
 
 
-def plain(text: str) -> str:
-    """A name from outside, in which a dollar does not begin a formula."""
+def escape_dollars(text: str) -> str:
+    """Return a text in which dollars do not start a formula."""
     return text.replace("$", r"\$")
 
 
-def thin(count: int) -> int:
-    """Every how many points a marker stands, so that long lines stay lines."""
+def compute_stride(count: int) -> int:
+    """Return the distance between the markers of a line of this many points, so that long lines stay visible."""
     return max(1, count // 15)
 
 
-def epoch_axis(axis: Axes, log: bool) -> None:
-    """Ticks at whole epochs; on a log axis, epoch 0 stands beside epoch 1."""
+def format_epoch_axis(axis: Axes, log: bool) -> None:
+    """Put the ticks at whole epochs. On a log axis, epoch 0 is next to epoch 1."""
     if log:
         axis.set_xscale("symlog", linthresh=1, linscale=0.4)
         low, high = axis.get_xlim()
@@ -85,33 +88,33 @@ def epoch_axis(axis: Axes, log: bool) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def steps(axis: Axes, there: ArrayLike) -> None:
-    """A logarithmic axis with plain numbers at the steps that there are."""
+def format_steps_axis(axis: Axes, steps: ArrayLike) -> None:
+    """Make the axis logarithmic, with plain numbers at the given steps."""
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(np.unique(there)))
+    axis.xaxis.set_major_locator(FixedLocator(np.unique(steps)))
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def zero(axis: Axes) -> None:
-    """A line where nothing is left."""
+def draw_zero_line(axis: Axes) -> None:
+    """Draw a horizontal line at 0."""
     axis.axhline(0, color="0.4", linewidth=0.8)
 
 
-def widen(axis: Axes, each: str) -> None:
-    """At least so many bits from end to end, so that rounding is not drawn as if it were something."""
-    low, high = getattr(axis, f"get_{each}lim")()
+def widen_axis(axis: Axes, direction: str) -> None:
+    """Make the x or y axis at least LEAST_BITS long, so that rounding errors do not look like information."""
+    low, high = getattr(axis, f"get_{direction}lim")()
     more = max(0, LEAST_BITS - (high - low)) / 2
-    getattr(axis, f"set_{each}lim")(low - more, high + more)
+    getattr(axis, f"set_{direction}lim")(low - more, high + more)
 
 
-def few(axis: Axes) -> None:
-    """Ticks across that have room for long numbers."""
+def limit_ticks(axis: Axes) -> None:
+    """Reduce the ticks of the x axis, to leave room for long numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
-def legend(fig: FigureBase, axis: Axes, title: str) -> None:
-    """The names in one panel, beside all of them; in two columns where they are many."""
+def add_legend(fig: FigureBase, axis: Axes, title: str) -> None:
+    """Add the names of one panel beside all panels, in two columns if there are many."""
     handles, names = axis.get_legend_handles_labels()
     columns = {"ncols": 2, "columnspacing": 1} if len(names) > MANY else {}
     fig.legend(handles, names, loc="outside right center", title=title, alignment="left", **columns)

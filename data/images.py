@@ -1,4 +1,4 @@
-"""CIFAR10, FashionMNIST and MNIST, read by torchvision and handed on as uint8 tensors."""
+"""CIFAR10, FashionMNIST and MNIST, read by torchvision, as uint8 tensors."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ FACTS = {
     "FashionMNIST": ((1, 28, 28), 60_000, 10_000),
     "MNIST": ((1, 28, 28), 60_000, 10_000),
 }
-# Of the files that are read, as they are unpacked: FashionMNIST's have the names of MNIST's.
+# Checksums of the unpacked files. FashionMNIST's have the same names as MNIST's.
 MD5 = {
     "CIFAR10": dict(CIFAR10.train_list + CIFAR10.test_list),
     "FashionMNIST": {
@@ -38,33 +38,36 @@ FOLDERS = {"CIFAR10": "cifar-10-batches-py", "FashionMNIST": "FashionMNIST/raw",
 
 
 def load(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Train inputs (N, channels, height, width) uint8 and labels (N,) int64, test inputs and labels, number of classes.
+    """Return train inputs (N, channels, height, width) uint8 and labels (N,) int64, test inputs and labels, and C.
 
-    Raises ValueError where the files are missing or are not the published ones.
+    Raises ValueError if files are missing or are not the published ones.
     """
     _refuse_others(name, Path(root, FOLDERS[name]), download)
     return (*_read(name, root, True, download), *_read(name, root, False, download), NUM_CLASSES)
 
 
 def _refuse_others(name: str, folder: Path, download: bool) -> None:
-    """ValueError for a file that is not the published one; where it can be fetched anew it is put aside instead, as
-    torchvision fetches only what is missing."""
+    """Raise ValueError for a file that is not the published one.
+
+    With download, rename the file instead: torchvision downloads only files that are missing.
+    """
     for file, published in MD5[name].items():
         path = folder / file
         if not path.is_file() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == published:
             continue
         if not download:
-            raise ValueError(f"{path} is not the file that {name} has there: run once with --download to fetch it anew")
+            raise ValueError(f"{path} is not the file of {name}: run once with --download to download it again")
         aside = path.with_name(f"{file}.other")
-        print(f"{path} is not the file that {name} has there: it is kept as {aside.name}", file=sys.stderr)
+        print(f"{path} is not the file of {name}: it is renamed to {aside.name}", file=sys.stderr)
         path.replace(aside)
 
 
 def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """Return the inputs (N, channels, height, width) uint8 and labels (N,) int64 of one set."""
     place = os.path.abspath(os.path.join(root, FOLDERS[name]))
     try:
         source = getattr(torchvision.datasets, name)(root, train=train, download=download)
-    except Exception as error:  # torchvision raises eight kinds for files that are absent, altered or something else
+    except Exception as error:  # torchvision raises many types for files that are missing or damaged
         reason = " ".join(str(error).split())[:200] or type(error).__name__  # on one line
         if download:
             raise ValueError(f"{name} could not be downloaded to {place}: {reason}") from error

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from data.stratify import choose
+from layerwise.samples import choose_per_class
 
 TEST_SHARE = 0.15
 
 
-def patterns() -> tuple[Tensor, Tensor]:
-    """All 12-bit inputs (4096, 12) float32, in binary order with input 0 the most significant, and labels (4096,).
+def make_patterns() -> tuple[Tensor, Tensor]:
+    """Return all 12-bit inputs (4096, 12) float32 in binary order, input 0 the highest bit, and labels (4096,).
 
-    Input i sits at vertex v_i of a regular icosahedron on the unit sphere. The label is 1 iff
-    n + ||sum of the active v_i|| > 7.63, n being the number of active inputs. This gives the published labels.
+    Input i belongs to vertex v_i of a regular icosahedron on the unit sphere. The label is 1 if and only if
+    n + ||sum of the active v_i|| > 7.63, where n is the number of active inputs. These are the published labels.
     """
     f = (1 + 5**0.5) / 2
     vertices = [
@@ -26,10 +26,10 @@ def patterns() -> tuple[Tensor, Tensor]:
 
 
 def load(root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Train inputs and labels, test inputs and labels, number of classes. Nothing is read: the rule is the data set.
+    """Return train inputs and labels, test inputs and labels, and the number of classes. No file is read.
 
-    85 % of each class is for training, drawn once and for all; both sets keep the binary order.
+    85 % of each class, always the same patterns, is the training set. Both sets are in binary order.
     """
-    x, y = patterns()
-    test = choose(y, [round(TEST_SHARE * n) for n in torch.bincount(y).tolist()])
+    x, y = make_patterns()
+    test = choose_per_class(y, [round(TEST_SHARE * n) for n in torch.bincount(y).tolist()])
     return x[~test], y[~test], x[test], y[test], 2

@@ -1,5 +1,7 @@
-"""The architectures by name. Every model is an nn.Sequential of named blocks, so that model[:k] is an encoder,
-model[k:] its decoder, and a tap is a forward hook on a block."""
+"""The architectures by name. Every model is an nn.Sequential of named blocks.
+
+model[:k] is an encoder, model[k:] its decoder, and a layer is measured by a forward hook on a block.
+"""
 
 from collections.abc import Iterable
 
@@ -17,9 +19,9 @@ ARCHITECTURES = {
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int, **options) -> nn.Sequential:
-    """A freshly initialised model for inputs of input_shape, drawing from torch's global generator.
+    """Return a newly initialised model for inputs of input_shape, with weights from torch's global generator.
 
-    Raises ValueError for an unknown name, for inputs that are no images where the model convolves, and for options that
+    Raises ValueError for an unknown name, for inputs that are not images if the model convolves, and for options that
     the architecture refuses.
     """
     if name not in ARCHITECTURES:
@@ -30,19 +32,19 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int, **options) 
     return ARCHITECTURES[name](input_shape, num_classes, **options)
 
 
-def taps(model: nn.Sequential) -> dict[str, nn.Module]:
-    """The blocks whose outputs NC1 measures, by name, in order of depth."""
-    return {name: model.get_submodule(name) for name in model.tap_names}
+def layers(model: nn.Sequential) -> dict[str, nn.Module]:
+    """Return {name: block} of the blocks whose outputs NC1 measures, in order of depth."""
+    return {name: model.get_submodule(name) for name in model.layer_names}
 
 
 def splits(model: nn.Sequential, names: Iterable[str] | None = None) -> dict[str, int]:
-    """Where DIB cuts the model into encoder model[:k] and decoder model[k:]: each k by the name of the encoder's last
-    block; `input` is 0, no encoder. By default the cuts that the architecture names; any block may be asked for.
+    """Return {name: k} of encoder/decoder splits, into encoder model[:k] and decoder model[k:], in order of depth.
 
-    Raises ValueError for a name that is no block of the model.
+    The name of a split is that of the encoder's last block. `input` is 0: no encoder. names: any blocks; by default
+    those that the architecture names. Raises ValueError for a name that is not a block of the model.
     """
     depth = {"input": 0} | {name: k for k, (name, _) in enumerate(model.named_children(), 1)}
-    depth.popitem()  # after the classifier there is no decoder left
+    depth.popitem()  # after the classifier no decoder is left
     names = ("input", *model.split_names) if names is None else tuple(names)
     for name in names:
         if name not in depth:

@@ -7,10 +7,10 @@ WIDTHS = (64, 256, 256)
 
 
 def build(input_shape: tuple[int, ...], num_classes: int, whitening: Tensor | None = None) -> nn.Sequential:
-    """whiten (frozen 2 x 2 filters with a bias, GELU), group1 .. group3, pool (to 256 features), then a classifier.
+    """Build the blocks whiten (frozen 2 x 2 filters with a bias, GELU), group1 .. group3, pool (to 256 features) and
+    classifier.
 
-    whitening: the frozen filters, as filters() makes them of training images; without them the filters, frozen all the
-    same, are random.
+    whitening: the frozen filters, as compute_whitening returns them. Without it the frozen filters are random.
     """
     channels = input_shape[0]
     first = nn.Conv2d(channels, 8 * channels, 2)
@@ -21,22 +21,23 @@ def build(input_shape: tuple[int, ...], num_classes: int, whitening: Tensor | No
     model.add_module("whiten", nn.Sequential(first, nn.GELU()))
     fan_in = 8 * channels
     for i, width in enumerate(WIDTHS, 1):
-        model.add_module(f"group{i}", _group(fan_in, width))
+        model.add_module(f"group{i}", _build_group(fan_in, width))
         fan_in = width
     model.add_module("pool", nn.Sequential(nn.MaxPool2d(3), nn.Flatten()))
     classifier = nn.Linear(fan_in, num_classes, bias=False)
     classifier.weight.data /= classifier.weight.data.std()
     model.add_module("classifier", nn.Sequential(_Divide(fan_in), classifier))
-    model.tap_names = ("group1", "group2", "group3", "pool")
+    model.layer_names = ("group1", "group2", "group3", "pool")
     model.split_names = ("group1", "group2", "group3")
     return model
 
 
-def filters(images: Tensor) -> Tensor:
-    """The whitening filters (8 channels, channels, 2, 2) of images (N, channels, height, width).
+def compute_whitening(images: Tensor) -> Tensor:
+    """Return the whitening filters (8 channels, channels, 2, 2) of images (N, channels, height, width).
 
-    Eigenvectors of the second moments (as in the source, without subtracting the mean, which normalised images hardly
-    have) of all 2 x 2 patches, each over sqrt(eigenvalue + 5e-4), then their negatives.
+    The filters are the eigenvectors of the second moments of all 2 x 2 patches, each divided by
+    sqrt(eigenvalue + 5e-4), and their negatives. As in the source, the mean is not subtracted; that of normalised
+    images is nearly 0.
     """
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()  # (patches, d)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -44,24 +45,24 @@ def filters(images: Tensor) -> Tensor:
     return torch.cat([scaled, -scaled])
 
 
-def _group(fan_in: int, width: int) -> nn.Sequential:
+def _build_group(fan_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        *(_conv(fan_in, width), nn.MaxPool2d(2), _norm(width), nn.GELU()),
-        *(_conv(width, width), _norm(width), nn.GELU()),
+        *(_build_conv(fan_in, width), nn.MaxPool2d(2), _build_norm(width), nn.GELU()),
+        *(_build_conv(width, width), _build_norm(width), nn.GELU()),
     )
 
 
-def _conv(fan_in: int, width: int) -> nn.Conv2d:
-    """3 x 3, without bias; the first fan_in filters start as the identity."""
+def _build_conv(fan_in: int, width: int) -> nn.Conv2d:
+    """Build a 3 x 3 convolution without bias. The first fan_in filters are the identity at construction."""
     conv = nn.Conv2d(fan_in, width, 3, padding="same", bias=False)
     filters = conv.weight.data[:fan_in]
-    filters.zero_()  # nn.init.dirac_ writes one number at a time: on CUDA a launch for each
+    filters.zero_()  # not nn.init.dirac_, which writes one number at a time: on CUDA, one launch each
     filters[:, :, 1, 1] = torch.eye(*filters.shape[:2])
     return conv
 
 
-def _norm(width: int) -> nn.BatchNorm2d:
-    """BatchNorm with a trained shift and no trained scale, and the momentum and epsilon of the source."""
+def _build_norm(width: int) -> nn.BatchNorm2d:
+    """Build a BatchNorm with a trained shift and no trained scale, and the momentum and epsilon of the source."""
     norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
     del norm.weight
     norm.register_buffer("weight", torch.ones(width))
@@ -69,7 +70,7 @@ def _norm(width: int) -> nn.BatchNorm2d:
 
 
 class _Divide(nn.Module):
-    """The source divides the logits, which is the same but for underflow: 256 is a power of two."""
+    """Divide by a constant. The source divides the logits instead, which is the same: 256 is a power of two."""
 
     def __init__(self, by: float):
         super().__init__()

@@ -5,9 +5,10 @@ from torchvision.models import convnext_tiny
 
 
 def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """stem, block1 .. block18 with down1 .. down3 between the stages, pool (to 768 features), then a linear classifier.
+    """Build the blocks stem, block1 .. block18 with down1 .. down3 between the stages, pool (to 768 features) and
+    classifier (linear).
 
-    As many input channels as the data has; images of less than 32 x 32 are padded with zeros to that size.
+    There are as many input channels as the data has. Images smaller than 32 x 32 are padded with zeros to that size.
     """
     channels, height, width = input_shape
     net = convnext_tiny(num_classes=num_classes)
@@ -17,7 +18,7 @@ def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
         nn.init.trunc_normal_(stem[0].weight, std=0.02)
         nn.init.zeros_(stem[0].bias)
     model = nn.Sequential()
-    model.add_module("stem", nn.Sequential(_padding(width, height), *stem))
+    model.add_module("stem", nn.Sequential(_build_padding(width, height), *stem))
     ends, i = [], 0
     for number, stage in enumerate(stages[::2], 1):
         for block in stage:
@@ -29,11 +30,11 @@ def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     norm, flatten, linear = net.classifier
     model.add_module("pool", nn.Sequential(net.avgpool, norm, flatten))
     model.add_module("classifier", linear)
-    model.tap_names = (*(f"block{n}" for n in range(1, i + 1)), "pool")
+    model.layer_names = (*(f"block{n}" for n in range(1, i + 1)), "pool")
     model.split_names = tuple(ends)
     return model
 
 
-def _padding(width: int, height: int) -> nn.ZeroPad2d:
+def _build_padding(width: int, height: int) -> nn.ZeroPad2d:
     across, down = max(0, 32 - width), max(0, 32 - height)
     return nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))

@@ -14,7 +14,7 @@ def build(
     widths: tuple[int, ...] = WIDTHS,
     nonlinearity: str = "ReLU",
 ) -> nn.Sequential:
-    """flatten, then hidden1 .. hiddenL (linear layer and nonlinearity), then a linear classifier.
+    """Build the blocks flatten, hidden1 .. hiddenL (linear layer and nonlinearity) and classifier (linear).
 
     Raises ValueError for widths below 1 or none, and for an unknown nonlinearity.
     """
@@ -29,5 +29,5 @@ def build(
         model.add_module(f"hidden{i}", nn.Sequential(nn.Linear(fan_in, width), NONLINEARITIES[nonlinearity]()))
         fan_in = width
     model.add_module("classifier", nn.Linear(fan_in, num_classes))
-    model.tap_names = model.split_names = tuple(f"hidden{i}" for i in range(1, len(widths) + 1))
+    model.layer_names = model.split_names = tuple(f"hidden{i}" for i in range(1, len(widths) + 1))
     return model

@@ -5,7 +5,10 @@ from torchvision.models import resnet18
 
 
 def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """stem, block1 .. block8, pool (to 512 features), then a linear classifier; as many input channels as the data."""
+    """Build the blocks stem, block1 .. block8, pool (to 512 features) and classifier (linear).
+
+    There are as many input channels as the data has.
+    """
     net = resnet18(num_classes=num_classes)
     if input_shape[0] != 3:
         net.conv1 = nn.Conv2d(input_shape[0], 64, 7, stride=2, padding=3, bias=False)
@@ -17,6 +20,6 @@ def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
         model.add_module(f"block{i}", block)
     model.add_module("pool", nn.Sequential(net.avgpool, nn.Flatten()))
     model.add_module("classifier", net.fc)
-    model.tap_names = (*(f"block{i}" for i in range(1, 9)), "pool")
+    model.layer_names = (*(f"block{i}" for i in range(1, 9)), "pool")
     model.split_names = ("block2", "block4", "block6", "block8")  # the stages
     return model

@@ -8,10 +8,12 @@ import torchvision
 
 import data
 from data import images, szt
+from layerwise import samples
+from layerwise.samples import Samples
 
 
-def test_szt_gives_the_published_labels():
-    x, y = szt.patterns()
+def test_szt_has_the_published_labels():
+    x, y = szt.make_patterns()
     assert hashlib.sha256(bytes(y.tolist())).hexdigest() == (
         "77732f16f85e91b49d3997196b56163b3bd362d8cf631468a8de3f986e88359f"
     )
@@ -20,14 +22,14 @@ def test_szt_gives_the_published_labels():
     assert x[2048].tolist() == [1] + [0] * 11
 
 
-def test_szt_split_is_fixed_stratified_and_in_binary_order():
+def test_the_sets_of_szt_are_fixed_stratified_and_in_binary_order():
     dataset = data.load("SZT")
     assert (dataset.num_classes, dataset.input_shape) == (2, (12,))
     assert (len(dataset.train), len(dataset.test)) == (3481, 615)
     assert (dataset.train.labels.sum(), dataset.test.labels.sum()) == (1800, 318)  # 85 and 15 % of 2118
     weights = 2 ** torch.arange(11, -1, -1)
     numbers = [
-        (split.batch(torch.arange(len(split)))[0] @ weights.float()).long() for split in (dataset.train, dataset.test)
+        (each.batch(torch.arange(len(each)))[0] @ weights.float()).long() for each in (dataset.train, dataset.test)
     ]
     assert torch.equal(torch.cat(numbers).sort().values, torch.arange(4096))
     assert all((n.diff() > 0).all() for n in numbers)
@@ -35,15 +37,15 @@ def test_szt_split_is_fixed_stratified_and_in_binary_order():
     assert digest == "be954f6bb909cd2a7323033410c6e088f85e6ae3272f95f6060ac9152f3a7239"
 
 
-def test_train_size_is_stratified_and_fixed(monkeypatch):
+def test_train_size_chooses_as_many_of_each_class_always_the_same(monkeypatch):
     y = torch.tensor([0, 1, 1, 0, 2, 1, 0, 2, 2, 1])
     x = torch.arange(10).float()[:, None]
     monkeypatch.setitem(data.SOURCES, "toy", lambda root, download: (x, y, x, y, 3))
     a, b = (data.load("toy", train_size=6) for _ in range(2))
     assert torch.bincount(a.train.labels).tolist() == [2, 2, 2]
-    kept = a.train.inputs[:, 0].long()
-    assert (kept.diff() > 0).all()  # data order
-    assert torch.equal(a.train.labels, y[kept])
+    chosen = a.train.inputs[:, 0].long()
+    assert (chosen.diff() > 0).all()  # data order
+    assert torch.equal(a.train.labels, y[chosen])
     assert torch.equal(a.train.inputs, b.train.inputs)
     assert len(a.test) == 10
     for size in (0, 4, 12):
@@ -51,44 +53,44 @@ def test_train_size_is_stratified_and_fixed(monkeypatch):
             data.load("toy", train_size=size)
 
 
-def test_a_batch_is_an_index():
-    split = data.load("SZT").train
-    x, y = split.batch(torch.tensor([5, 0]))
+def test_a_batch_is_the_samples_at_the_indices():
+    train = data.load("SZT").train
+    x, y = train.batch(torch.tensor([5, 0]))
     assert x.dtype == torch.float32
-    assert torch.equal(x, split.inputs[[5, 0]])
-    assert torch.equal(y, split.labels[[5, 0]])
+    assert torch.equal(x, train.inputs[[5, 0]])
+    assert torch.equal(y, train.labels[[5, 0]])
 
 
 def write_mnist(root, name: str, sizes: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Random images in the four files of MNIST or FashionMNIST."""
+    """Write random images in the four files of MNIST or FashionMNIST, and return them."""
     raw, made, random = root / name / "raw", {}, np.random.default_rng(0)
     raw.mkdir(parents=True)
     for part, n in zip(("train", "t10k"), sizes, strict=True):
         x = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         y = (np.arange(n) % 10).astype(np.uint8)
-        head = [int(v).to_bytes(4, "big") for v in (2051, n, 28, 28, 2049, n)]
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(head[:4]) + x.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"".join(head[4:]) + y.tobytes())
+        header = [int(v).to_bytes(4, "big") for v in (2051, n, 28, 28, 2049, n)]
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(header[:4]) + x.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"".join(header[4:]) + y.tobytes())
         made[part] = x
     return made
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
-def test_mnist_files(tmp_path, monkeypatch, name):
+def test_mnist_and_fashionmnist_are_read_and_normalised(tmp_path, monkeypatch, name):
     monkeypatch.setitem(images.FACTS, name, ((1, 28, 28), 30, 20))
-    monkeypatch.setitem(images.MD5, name, {})  # which the published files alone have
+    monkeypatch.setitem(images.MD5, name, {})  # only the published files have these checksums
     made = write_mnist(tmp_path, name, (30, 20))
     dataset = data.load(name, str(tmp_path))
     assert (dataset.num_classes, dataset.input_shape) == (10, (1, 28, 28))
     assert dataset.train.inputs.dtype == torch.uint8
     x, y = dataset.test.batch(torch.tensor([3, 12]))
-    mean, std = made["train"].mean(), made["train"].std()  # the training set's, for the test set too
+    mean, std = made["train"].mean(), made["train"].std()  # of the training set, also for the test set
     np.testing.assert_allclose(x[:, 0], (made["t10k"][[3, 12]] - mean) / std, rtol=1e-5, atol=1e-5)
     assert y.tolist() == [3, 2]
 
 
-def test_cifar_files(tmp_path, monkeypatch):
-    """The pickles torchvision reads; its MD5 check, which holds for the published files alone, is switched off."""
+def test_cifar10_is_read_and_normalised(tmp_path, monkeypatch):
+    """The checksums of torchvision are not compared: only the published files have them."""
     monkeypatch.setitem(images.FACTS, "CIFAR10", ((3, 32, 32), 25, 5))
     monkeypatch.setitem(images.MD5, "CIFAR10", {})
     monkeypatch.setattr(images.torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
@@ -109,14 +111,14 @@ def test_cifar_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", images.FACTS)
-def test_missing_files_say_what_to_run_and_where_they_are_looked_for(tmp_path, name):
+def test_missing_files_are_refused_with_their_folder_and_the_flags_that_help(tmp_path, name):
     folder = tmp_path / images.FOLDERS[name]
     with pytest.raises(ValueError, match=f"{name} was not found intact in {folder} .*--download.*--data-dir"):
         data.load(name, str(tmp_path))
 
 
-def test_another_file_is_named_and_is_put_aside_to_be_fetched(tmp_path, monkeypatch):
-    """As where FashionMNIST's files stand in MNIST's folder, or a download was cut short."""
+def test_a_file_that_is_not_the_published_one_is_refused_or_renamed_and_downloaded(tmp_path, monkeypatch):
+    """It may be a file of FashionMNIST in the folder of MNIST, or a download that was interrupted."""
     made = write_mnist(tmp_path, "MNIST", (30, 20))
     monkeypatch.setitem(images.FACTS, "MNIST", ((1, 28, 28), 30, 20))
     raw, whole = tmp_path / "MNIST/raw", {}
@@ -126,9 +128,7 @@ def test_another_file_is_named_and_is_put_aside_to_be_fetched(tmp_path, monkeypa
     data.load("MNIST", str(tmp_path))
     name = "t10k-images-idx3-ubyte"
     (raw / name).write_bytes(whole[name][:-1] + b"x")
-    with pytest.raises(
-        ValueError, match=f"{raw / name} is not the file that MNIST has there: run once with --download"
-    ):
+    with pytest.raises(ValueError, match=f"{raw / name} is not the file of MNIST: run once with --download"):
         data.load("MNIST", str(tmp_path))
 
     def fetch(self) -> None:
@@ -141,7 +141,7 @@ def test_another_file_is_named_and_is_put_aside_to_be_fetched(tmp_path, monkeypa
     assert (raw / f"{name}.other").read_bytes()[-1:] == b"x"
 
 
-def test_truncated_and_short_files(tmp_path, monkeypatch):
+def test_truncated_and_short_files_are_refused(tmp_path, monkeypatch):
     write_mnist(tmp_path, "MNIST", (30, 20))
     monkeypatch.setitem(images.MD5, "MNIST", {})
     with pytest.raises(
@@ -155,15 +155,17 @@ def test_truncated_and_short_files(tmp_path, monkeypatch):
             data.load("MNIST", str(tmp_path))
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown data set 'SZTT': expected one of SZT, CIFAR10"):
         data.load("SZTT")
 
 
-# Data of one's own
+# Other data
 
 
 class Items(torch.utils.data.Dataset):
+    """A Dataset of N items, which a function makes."""
+
     def __init__(self, item, N: int = 300):
         self.item, self.N = item, N
 
@@ -174,36 +176,36 @@ class Items(torch.utils.data.Dataset):
         return self.item(i)
 
 
-def test_a_split_of_plain_tensors():
+def test_samples_of_tensors():
     x = torch.randn(9, 4)
     for dtype in (torch.int64, torch.int32, torch.uint8):
-        got, y = data.Split(x, torch.arange(9).to(dtype)).batch(torch.tensor([5, 2]))
+        got, y = Samples(x, torch.arange(9).to(dtype)).batch(torch.tensor([5, 2]))
         assert torch.equal(got, x[[5, 2]])
         assert (y.dtype, y.tolist()) == (torch.int64, [5, 2])
-    tokens = torch.arange(12).view(6, 2)  # without mean and std integers stay what they are
-    assert torch.equal(data.Split(tokens, torch.arange(6)).batch(torch.tensor([3]))[0], tokens[3:4])
+    tokens = torch.arange(12).view(6, 2)  # without mean and std integers stay integers
+    assert torch.equal(Samples(tokens, torch.arange(6)).batch(torch.tensor([3]))[0], tokens[3:4])
 
 
 @pytest.mark.parametrize("label", [int, torch.tensor, np.int32, np.uint8, lambda i: i % 2 == 1])
 @pytest.mark.parametrize("loader", [False, True])
-def test_a_split_of_a_dataset_or_a_loader(label, loader):
+def test_samples_of_a_dataset_or_a_loader(label, loader):
     x = torch.randn(100, 3)
     source = Items(lambda i: (x[i], label(i)), 100)
     state = torch.get_rng_state()
-    split = data.Split.of(torch.utils.data.DataLoader(source, 30) if loader else source)
+    read = Samples.of(torch.utils.data.DataLoader(source, 30) if loader else source)
     assert loader or torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(split.inputs, x)
-    assert split.labels.tolist() == [int(label(i)) for i in range(100)]
-    assert split.labels.dtype == torch.int64
+    assert torch.equal(read.inputs, x)
+    assert read.labels.tolist() == [int(label(i)) for i in range(100)]
+    assert read.labels.dtype == torch.int64
 
 
-def test_what_a_loader_draws_is_drawn_once():
+def test_random_numbers_of_a_loader_are_drawn_once():
     source = Items(lambda i: (torch.full((2,), float(i)) + torch.rand(2) / 2, i), 40)
-    split = data.Split.of(torch.utils.data.DataLoader(source, 8, shuffle=True))
-    x, y = split.batch(torch.arange(40))
+    read = Samples.of(torch.utils.data.DataLoader(source, 8, shuffle=True))
+    x, y = read.batch(torch.arange(40))
     assert sorted(y.tolist()) == list(range(40))
     assert torch.equal(x.floor()[:, 0].long(), y)
-    assert torch.equal(split.batch(torch.arange(40))[0], x)
+    assert torch.equal(read.batch(torch.arange(40))[0], x)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +229,9 @@ def test_what_a_loader_draws_is_drawn_once():
     ],
     ids=["uneven", "one-hot", "column", "float", "dict", "no label", "three", "name", "PIL"],
 )
-def test_refuses_samples(item, message):
+def test_items_that_are_no_input_and_label_of_one_shape_are_refused(item, message):
     with pytest.raises(ValueError, match=message):
-        data.Split.of(Items(item))
+        Samples.of(Items(item))
 
 
 @pytest.mark.parametrize(
@@ -243,20 +245,20 @@ def test_refuses_samples(item, message):
         (torch.zeros(3, 2), torch.arange(3, device="meta"), "inputs are on cpu and labels on meta"),
     ],
 )
-def test_refuses_tensors(inputs, labels, message):
+def test_tensors_that_are_no_inputs_and_labels_are_refused(inputs, labels, message):
     with pytest.raises(ValueError, match=message):
-        data.Split(inputs, labels)
+        Samples(inputs, labels)
 
 
-def test_refuses_what_does_not_fit_in_memory(monkeypatch):
+def test_samples_that_do_not_fit_in_memory_are_refused(monkeypatch):
     source = Items(lambda i: (torch.zeros(1000), 0))  # 300 samples, in two batches of 256
-    monkeypatch.setattr(data.reading.os, "sysconf", lambda name: 4 if "PAGES" in name else 4096)
+    monkeypatch.setattr(samples.os, "sysconf", lambda name: 4 if "PAGES" in name else 4096)
     with pytest.raises(ValueError, match=r"300 samples of \(1000,\) torch.float32 take 0.0041 GB .* cpu has 1.64e-05"):
-        data.Split.of(source)
+        Samples.of(source)
     monkeypatch.undo()
-    assert len(data.Split.of(source)) == 300
+    assert len(Samples.of(source)) == 300
 
 
-def test_refuses_no_samples():
+def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="no samples"):
-        data.Split.of(torch.utils.data.TensorDataset(torch.zeros(0, 2), torch.arange(0)))
+        Samples.of(torch.utils.data.TensorDataset(torch.zeros(0, 2), torch.arange(0)))

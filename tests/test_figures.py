@@ -11,9 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
 from analysis import gallery, style
-from analysis.figures import fit
-from analysis.tables import groups
-from tests.toys import measured
+from analysis.figures import fit_line
+from analysis.tables import read_groups
+from tests.toys import write_run
 
 LAYERS = ["hidden1", "hidden2", "hidden3"]
 DEEP = [f"block{i}" for i in range(1, 19)] + ["pool"]
@@ -21,28 +21,34 @@ DEEP = [f"block{i}" for i in range(1, 19)] + ["pool"]
 
 @pytest.fixture(autouse=True)
 def close():
+    """Draw in the style of the project, and close all figures after each test."""
     with plt.rc_context(style.STYLE):
         yield
     plt.close("all")
 
 
-def axes(figure, sets=2):
-    return [axis for axis in figure.findobj(plt.Axes) if axis.get_label() != "<colorbar>"][:sets]
+def list_axes(figure, count=2):
+    """Return the first panels of a figure."""
+    return [axis for axis in figure.findobj(plt.Axes) if axis.get_label() != "<colorbar>"][:count]
 
 
-def legend(figure):
+def find_legend(figure):
+    """Return the first legend of a figure."""
     return figure.findobj(plt.matplotlib.legend.Legend)[0]
 
 
-def texts(figure):
-    return [text.get_text() for text in legend(figure).get_texts()]
+def read_legend(figure):
+    """Return the names in the first legend of a figure."""
+    return [text.get_text() for text in find_legend(figure).get_texts()]
 
 
-def line(axis, label):
+def find_line(axis, label):
+    """Return the line of this label."""
     return next(line for line in axis.lines if line.get_label() == label)
 
 
-def luminance(colour) -> float:
+def compute_luminance(colour) -> float:
+    """Return how light a colour is, from 0 to 1."""
     return float(np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722]))
 
 
@@ -61,60 +67,64 @@ def luminance(colour) -> float:
             ["cross-entropy (nats), test − train", ""],
             "linear",
         ),
-        ("settle", ["", "", "steps", "steps"], ["minimality (bits)", "", "sufficiency (bits)", ""], "linear"),
+        ("convergence", ["", "", "steps", "steps"], ["minimality (bits)", "", "sufficiency (bits)", ""], "linear"),
     ],
 )
 def test_axes_have_names_and_units(tmp_path, name, across, up, scale):
-    figure = gallery.figure(name, groups([measured(tmp_path / "run", LAYERS, factors=(1, 2))]))
-    found = axes(figure, len(across))
+    figure = gallery.draw_figure(name, read_groups([write_run(tmp_path / "run", LAYERS, factors=(1, 2))]))
+    found = list_axes(figure, len(across))
     assert [axis.get_xlabel() for axis in found] == across
     assert [axis.get_ylabel() for axis in found] == up
     assert {axis.get_yscale() for axis in found} == {scale}
 
 
 def test_curves_are_the_mean_in_a_band_over_seeds(tmp_path):
-    """Loss is (1 + seed) / epoch on the training set: seeds 0 and 2 give 2 / epoch ± sqrt(2) / epoch."""
-    figure = gallery.figure("training", groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
-    loss = axes(figure)[0]
-    assert line(loss, "train").get_ydata().tolist() == pytest.approx([2, 1, 2 / 3])
-    assert (line(loss, "train").get_linestyle(), line(loss, "test").get_linestyle()) == ("-", "--")
+    """Loss is (1 + seed) / epoch on the training set. Seeds 0 and 2 give 2 / epoch ± sqrt(2) / epoch."""
+    figure = gallery.draw_figure(
+        "training", read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)])
+    )
+    loss = list_axes(figure)[0]
+    assert find_line(loss, "train").get_ydata().tolist() == pytest.approx([2, 1, 2 / 3])
+    assert (find_line(loss, "train").get_linestyle(), find_line(loss, "test").get_linestyle()) == ("-", "--")
     band = loss.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx(((2 - 2**0.5) / 3, 2 + 2**0.5))
-    assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds"
+    assert find_legend(figure).get_title().get_text() == "mean ± sd of 2 seeds"
 
 
 def test_nc1_is_the_geometric_mean_over_seeds(tmp_path):
-    """50 (1 + seed) / epoch in the first layer: 50, 100 and 400."""
-    found = groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 1, 7)])
+    """NC1 is 50 (1 + seed) / epoch in the first layer: 50, 100 and 400."""
+    found = read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 1, 7)])
     mean = 50 * 16 ** (1 / 3)
-    assert line(axes(gallery.figure("nc1", found))[0], "hidden1").get_ydata()[0] == pytest.approx(mean)
-    assert axes(gallery.figure("depth", found))[0].containers[1].lines[0].get_ydata()[0] == pytest.approx(mean)
+    assert find_line(list_axes(gallery.draw_figure("nc1", found))[0], "hidden1").get_ydata()[0] == pytest.approx(mean)
+    assert list_axes(gallery.draw_figure("depth", found))[0].containers[1].lines[0].get_ydata()[0] == pytest.approx(
+        mean
+    )
 
 
 @pytest.mark.parametrize("name", ["nc1", "depth"])
 def test_nc1_within_two_decades_has_plain_numbers(tmp_path, name):
-    """NC1 of the run is 4 to 150; beside one on the same data with a hundredth of it the axis spans more."""
-    runs = [measured(tmp_path / "a", LAYERS), measured(tmp_path / "b", LAYERS, learning_rate=0.1)]
+    """NC1 of the run is 4 to 150. With a run of a hundredth of that on the same data, the axis spans more decades."""
+    runs = [write_run(tmp_path / "a", LAYERS), write_run(tmp_path / "b", LAYERS, learning_rate=0.1)]
     table = pd.read_csv(runs[1] / "nc1.csv")
     table.assign(nc1=table["nc1"] / 100).to_csv(runs[1] / "nc1.csv", index=False)
     for folders, plain in ((runs[:1], True), (runs, False)):
-        figure = gallery.figure(name, groups(folders))
+        figure = gallery.draw_figure(name, read_groups(folders))
         FigureCanvasAgg(figure).draw()
-        for axis in axes(figure, 2 * len(folders))[::2]:
+        for axis in list_axes(figure, 2 * len(folders))[::2]:
             shown = {tick.label1.get_text() for tick in axis.yaxis.get_major_ticks()}
             assert ({"5", "10", "20"} <= shown) == plain
 
 
-def test_the_input_is_a_dashed_line_where_it_was_measured(tmp_path):
-    """In epoch 1; in epoch 3 decoders tell 0.3 nats from layers, so from the input too, and 0.2 more of the class."""
-    figure = gallery.figure("information", groups([measured(tmp_path / "run", LAYERS)]))
-    shown = [line(axis, "input") for axis in axes(figure, 4)]
+def test_the_input_is_a_dashed_line(tmp_path):
+    """It is measured in epoch 1. Minimality of the layers in epoch 3, 0.3 nats, holds for the input too."""
+    figure = gallery.draw_figure("information", read_groups([write_run(tmp_path / "run", LAYERS)]))
+    shown = [find_line(axis, "input") for axis in list_axes(figure, 4)]
     assert [one.get_ydata()[0] for one in shown] == pytest.approx(np.array([0.3, 0.3, 0.5, 0.5]) / np.log(2))
     assert {one.get_linestyle() for one in shown} == {"--"}
 
 
-def hollow(axis) -> dict[str, list]:
-    """The points of the hollow markers by the label of the line that has their marker, in nats."""
+def find_hollow_markers(axis) -> dict[str, list]:
+    """Return the points of the hollow markers, in nats, by the label of the line with the same marker."""
     solid = {one.get_marker(): one.get_label() for one in axis.lines if one.get_linestyle() == "-"} | {"X": "input"}
     return {
         solid[one.get_marker()]: [(x, y * np.log(2)) for x, y in one.get_xydata()]
@@ -123,167 +133,173 @@ def hollow(axis) -> dict[str, list]:
     }
 
 
-def with_losses_above(run, rows: str, nats: float) -> None:
-    """Set the losses of rows of dib.csv that begin so, all others to their bounds."""
+def raise_losses(run, rows: str, nats: float) -> None:
+    """Set the losses in rows of dib.csv that begin like this to so much above `upper`, all others to `upper`."""
     dib = pd.read_csv(run / "dib.csv", dtype=str)
     at = dib.agg(",".join, axis=1).str.startswith(rows)
-    dib["loss"] = np.where(at, dib["bound"].astype(float) + nats, dib["bound"].astype(float))
+    dib["loss"] = np.where(at, dib["upper"].astype(float) + nats, dib["upper"].astype(float))
     dib.to_csv(run / "dib.csv", index=False)
 
 
-def test_hollow_markers_show_what_decoders_that_were_not_found_reached(tmp_path):
-    """Of the two digits one is 0.01 nats off in every layer; the input in epoch 1 is behind the layers in epoch 3."""
-    figure = gallery.figure("information", groups([measured(tmp_path / "run", LAYERS)]))
-    minimality, _, sufficiency, _ = axes(figure, 4)
-    found = hollow(minimality)
+def test_hollow_markers_show_what_suboptimal_probes_reached(tmp_path):
+    """One of two digits is 0.01 nats off in every layer. In epoch 1 probes of the input reach less than is known."""
+    figure = gallery.draw_figure("information", read_groups([write_run(tmp_path / "run", LAYERS)]))
+    minimality, _, sufficiency, _ = list_axes(figure, 4)
+    found = find_hollow_markers(minimality)
     assert set(found) == {"input", *LAYERS}
     for layer in LAYERS:
         assert found[layer] == [pytest.approx((epoch, 0.1 * epoch - 0.005)) for epoch in (1, 2, 3)]
-    assert hollow(sufficiency) == {"input": [pytest.approx((1, 0.3))]}
-    assert to_rgb(minimality.lines[1].get_color()) == to_rgb(line(minimality, "hidden1").get_color())
-    assert texts(figure) == ["input", *LAYERS, "decoder's own loss"]
+    assert find_hollow_markers(sufficiency) == {"input": [pytest.approx((1, 0.3))]}
+    assert to_rgb(minimality.lines[1].get_color()) == to_rgb(find_line(minimality, "hidden1").get_color())
+    assert read_legend(figure) == ["input", *LAYERS, "probe's own loss"]
 
 
 @pytest.mark.parametrize(("bits", "shown"), [(0.0009, []), (0.0011, ["hidden2"])])
 def test_markers_are_hollow_from_a_thousandth_of_a_bit(tmp_path, bits, shown):
-    run = measured(tmp_path / "run", LAYERS)
-    with_losses_above(run, "2,train,hidden2,0,y", bits * np.log(2))
-    figure = gallery.figure("information", groups([run]))
-    found = [hollow(axis) for axis in axes(figure, 4)]
+    run = write_run(tmp_path / "run", LAYERS)
+    raise_losses(run, "2,train,hidden2,0,y", bits * np.log(2))
+    figure = gallery.draw_figure("information", read_groups([run]))
+    found = [find_hollow_markers(axis) for axis in list_axes(figure, 4)]
     assert [name for name in found[2] if name != "input"] == shown
     assert [{name for name in each if name != "input"} for each in (*found[:2], found[3])] == [set()] * 3
 
 
-def test_decoders_far_below_do_not_stretch_the_axis_and_are_counted(tmp_path):
-    """Sufficiency is 0.3 to 0.5 nats: 0.02 less is shown, 50 less is not."""
+def test_probes_far_below_do_not_stretch_the_axis_and_are_counted(tmp_path):
+    """Sufficiency is 0.3 to 0.5 nats. A marker 0.02 below is shown, one 50 below is not."""
     views = []
     for name, nats in (("a", 0), ("b", 0.02), ("c", 50)):
-        run = measured(tmp_path / name, LAYERS)
-        with_losses_above(run, "1,train,hidden2,0,y", nats)
-        figure = gallery.figure("information", groups([run]))
-        views.append((axes(figure, 3)[2].get_ylim(), hollow(axes(figure, 3)[2]).get("hidden2"), texts(figure)[-1]))
+        run = write_run(tmp_path / name, LAYERS)
+        raise_losses(run, "1,train,hidden2,0,y", nats)
+        figure = gallery.draw_figure("information", read_groups([run]))
+        views.append(
+            (
+                list_axes(figure, 3)[2].get_ylim(),
+                find_hollow_markers(list_axes(figure, 3)[2]).get("hidden2"),
+                read_legend(figure)[-1],
+            )
+        )
     (own, none, _), (wider, near, plain), (same, far, counted) = views
     assert (none, near, far) == (None, [pytest.approx((1, 0.28))], None)
     assert wider[0] < 0.28 / np.log(2) < own[0]
     assert (wider[1], same) == (own[1], own)
-    assert (plain, counted) == ("decoder's own loss", "decoder's own loss\n(1 further below)")
+    assert (plain, counted) == ("probe's own loss", "probe's own loss\n(1 further below)")
 
 
-def test_information_by_steps(tmp_path):
-    """0.04 nats a factor for seed 0, 0.048 for seed 2; a digit of the two is 0.01 nats off up to a factor of 2."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2, 4, 8)) for seed in (0, 2)]
-    runs.append(measured(tmp_path / "without", LAYERS, 3))
-    figure = gallery.figure("settle", groups(runs))
-    found = axes(figure, 4)
+def test_convergence_is_drawn_by_steps(tmp_path):
+    """Information is 0.04 or 0.048 nats per factor, by seed. Up to factor 2, one of two digits is 0.01 nats off."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2, 4, 8)) for seed in (0, 2)]
+    runs.append(write_run(tmp_path / "without", LAYERS, 3))
+    figure = gallery.draw_figure("convergence", read_groups(runs))
+    found = list_axes(figure, 4)
     for axis, steps in zip(found, (270, 60, 270, 60), strict=True):
         FigureCanvasAgg(figure).draw()
         assert axis.get_xscale() == "log"
         assert axis.get_xticks().tolist() == [steps, 2 * steps, 4 * steps, 8 * steps]
         for layer in ("input", *LAYERS):
-            assert line(axis, layer).get_xdata().tolist() == axis.get_xticks().tolist()
-            assert line(axis, layer).get_ydata() == pytest.approx(0.044 * np.array([1, 2, 4, 8]) / np.log(2))
+            assert find_line(axis, layer).get_xdata().tolist() == axis.get_xticks().tolist()
+            assert find_line(axis, layer).get_ydata() == pytest.approx(0.044 * np.array([1, 2, 4, 8]) / np.log(2))
     assert [text.get_text() for text in found[3].get_xticklabels()] == ["60", "120", "240", "480"]
-    assert hollow(found[1])["hidden2"] == [pytest.approx((60, 0.039)), pytest.approx((120, 0.083))]
-    assert hollow(found[3]) == {}
+    assert find_hollow_markers(found[1])["hidden2"] == [pytest.approx((60, 0.039)), pytest.approx((120, 0.083))]
+    assert find_hollow_markers(found[3]) == {}
     band = found[2].collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx(
         ((0.044 - 0.004 * 2**0.5) / np.log(2), (0.352 + 0.032 * 2**0.5) / np.log(2))
     )
-    assert legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nencoder up to"
-    assert texts(figure) == ["input", *LAYERS, "decoder's own loss"]
+    assert find_legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nencoder up to"
+    assert read_legend(figure) == ["input", *LAYERS, "probe's own loss"]
 
 
-def test_groups_stand_in_one_figure(tmp_path):
-    runs = [measured(tmp_path / "a", LAYERS), measured(tmp_path / "b", DEEP, model="ConvNeXt", data="CIFAR10")]
-    figure = gallery.figure("training", groups(runs))
-    assert texts(figure) == ["MLP on SZT, seed 0", "ConvNeXt on CIFAR10, seed 0", "train", "test"]
-    figure = gallery.figure("nc1", groups(runs))
+def test_groups_share_a_figure(tmp_path):
+    runs = [write_run(tmp_path / "a", LAYERS), write_run(tmp_path / "b", DEEP, model="ConvNeXt", data="CIFAR10")]
+    figure = gallery.draw_figure("training", read_groups(runs))
+    assert read_legend(figure) == ["MLP on SZT, seed 0", "ConvNeXt on CIFAR10, seed 0", "train", "test"]
+    figure = gallery.draw_figure("nc1", read_groups(runs))
     assert [part.get_suptitle() for part in figure.subfigs] == ["MLP on SZT", "ConvNeXt on CIFAR10"]
     assert [len(part.legends[0].get_texts()) for part in figure.subfigs] == [4, 20]
-    alone = gallery.figure("nc1", groups(runs[:1]))
+    alone = gallery.draw_figure("nc1", read_groups(runs[:1]))
     assert figure.get_figheight() == pytest.approx(2 * alone.get_figheight() - 0.3)
-    assert figure.get_figwidth() > alone.get_figwidth()  # room for a legend in two columns
+    assert figure.get_figwidth() > alone.get_figwidth()  # for a legend in two columns
     header = (runs[1] / "nc1.csv").read_text().splitlines()[0]
     (runs[1] / "nc1.csv").write_text(header + "\n")  # not measured there
-    assert len(gallery.figure("nc1", groups(runs)).subfigs) == 1
+    assert len(gallery.draw_figure("nc1", read_groups(runs)).subfigs) == 1
 
 
-def test_depth_says_the_factor_and_the_correlation(tmp_path):
-    """NC1 halves from layer to layer: a factor of 0.5, a correlation of -1."""
-    figure = gallery.figure("depth", groups([measured(tmp_path / "run", LAYERS, epochs=9)]))
+def test_depth_gives_the_factor_and_the_correlation(tmp_path):
+    """NC1 halves from layer to layer, so the factor is 0.5 and the correlation -1."""
+    figure = gallery.draw_figure("depth", read_groups([write_run(tmp_path / "run", LAYERS, epochs=9)]))
     label = "epoch {}\n  train ×0.50, -1.00\n  test ×0.50, -1.00"
-    assert texts(figure) == [label.format(epoch) for epoch in (1, 2, 5, 9)]
-    fitted = [line for line in axes(figure)[0].lines if line.get_linestyle() == "--"]
+    assert read_legend(figure) == [label.format(epoch) for epoch in (1, 2, 5, 9)]
+    fitted = [line for line in list_axes(figure)[0].lines if line.get_linestyle() == "--"]
     assert fitted[0].get_ydata().tolist() == pytest.approx([50, 25, 12.5])
 
 
 def test_depth_is_fitted_to_each_seed(tmp_path):
-    """One seed halves from layer to layer, the other quarters: 0.35 is their geometric mean, 0.18 their deviation."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, epochs=1) for seed in range(2)]
+    """The factors of the two seeds are 0.5 and 0.25. Their geometric mean is 0.35, their deviation 0.18."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, epochs=1) for seed in range(2)]
     rows = [f"1,{each},hidden{k},8,1,{0.25**k},1,0" for each in ("train", "test") for k in (1, 2, 3)]
     (runs[1] / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1,kept,dropped\n" + "\n".join(rows) + "\n")
-    figure = gallery.figure("depth", groups(runs))
-    assert texts(figure) == ["epoch 1\n  train ×0.35 ± 0.18, -1.00\n  test ×0.35 ± 0.18, -1.00"]
-    fitted = [line for line in axes(figure)[0].lines if line.get_linestyle() == "--"]
+    figure = gallery.draw_figure("depth", read_groups(runs))
+    assert read_legend(figure) == ["epoch 1\n  train ×0.35 ± 0.18, -1.00\n  test ×0.35 ± 0.18, -1.00"]
+    fitted = [line for line in list_axes(figure)[0].lines if line.get_linestyle() == "--"]
     assert fitted[0].get_ydata().tolist() == pytest.approx([(100 * 0.125**k) ** 0.5 for k in (1, 2, 3)])
 
 
-def test_depth_where_nothing_changes_has_no_correlation():
-    slope, start, correlation = fit(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
+def test_a_constant_nc1_has_no_correlation_with_depth():
+    slope, start, correlation = fit_line(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
     assert (slope, start) == pytest.approx((0, 2), abs=1e-12)
     assert np.isnan(correlation)
 
 
-def test_the_law_over_epochs_is_that_of_the_lines_by_depth(tmp_path):
-    """NC1 halves from layer to layer, in one seed from the second epoch on, before it doubles."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
+def test_the_law_over_epochs_shows_the_lines_by_depth(tmp_path):
+    """NC1 halves from layer to layer, but in the first epoch of one seed it doubles."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
     text = (runs[1] / "nc1.csv").read_text().splitlines()
     for row, line_ in enumerate(text):
         if line_.startswith("1,train,hidden"):
             cells = line_.split(",")
             text[row] = ",".join([*cells[:5], str(2.0 ** int(cells[2][-1])), *cells[6:]])
     (runs[1] / "nc1.csv").write_text("\n".join(text) + "\n")
-    figure = gallery.figure("law", groups(runs))
-    slopes, correlations = axes(figure)
-    assert line(slopes, "train").get_ydata() == pytest.approx(np.log(2) * np.array([0, -1, -1]), abs=1e-9)
-    assert line(slopes, "test").get_ydata() == pytest.approx([-np.log(2)] * 3)
-    assert line(correlations, "train").get_ydata() == pytest.approx([0, -1, -1], abs=1e-9)
-    assert line(correlations, "test").get_ydata() == pytest.approx([-1] * 3)
+    figure = gallery.draw_figure("law", read_groups(runs))
+    slopes, correlations = list_axes(figure)
+    assert find_line(slopes, "train").get_ydata() == pytest.approx(np.log(2) * np.array([0, -1, -1]), abs=1e-9)
+    assert find_line(slopes, "test").get_ydata() == pytest.approx([-np.log(2)] * 3)
+    assert find_line(correlations, "train").get_ydata() == pytest.approx([0, -1, -1], abs=1e-9)
+    assert find_line(correlations, "test").get_ydata() == pytest.approx([-1] * 3)
     (band,) = (each for each in slopes.collections if each.get_paths()[0].vertices[:, 1].max() > 0.9)
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(np.log(2) * 2**0.5)  # the deviation of two seeds
-    few = measured(tmp_path / "few", LAYERS[:2])
-    assert "law" not in gallery.names(groups([few]))  # a line through two layers says nothing
+    few = write_run(tmp_path / "few", LAYERS[:2])
+    assert "law" not in gallery.list_figures(read_groups([few]))  # two layers are always on a line
 
 
-def test_a_seed_that_lacks_early_epochs_leaves_the_law_in_order(tmp_path):
-    """Where fewer than three of its layers have full rank."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
+def test_epochs_of_the_law_are_in_order_if_a_seed_lacks_early_ones(tmp_path):
+    """A seed lacks an epoch in which fewer than three layers have full rank."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
     path = runs[0] / "nc1.csv"
     path.write_text("".join(row for row in path.read_text().splitlines(True) if not row.startswith("1,train,hidden3")))
-    slopes, _ = axes(gallery.figure("law", groups(runs)))
-    assert line(slopes, "train (1 to 2 of 2 seeds)").get_xdata().tolist() == [1, 2, 3]
-    assert line(slopes, "test").get_xdata().tolist() == [1, 2, 3]
+    slopes, _ = list_axes(gallery.draw_figure("law", read_groups(runs)))
+    assert find_line(slopes, "train (1 to 2 of 2 seeds)").get_xdata().tolist() == [1, 2, 3]
+    assert find_line(slopes, "test").get_xdata().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("epochs", "expected"),
     [([0], [0]), ([3], [3]), ([0, 5, 9], [0, 1, 10]), ([3, 4, 7], [3, 5, 7]), ([21, 24, 29], [22, 24, 26, 28])],
 )
-def test_epochs_have_ticks_whichever_were_measured(epochs, expected):
+def test_epoch_axes_have_ticks_within_the_measured_epochs(epochs, expected):
     axis = plt.figure().subplots()
     axis.plot(epochs, epochs)
-    style.epoch_axis(axis, log=len(epochs) > 1)
+    style.format_epoch_axis(axis, log=len(epochs) > 1)
     low, high = sorted(axis.get_xlim())
     assert [tick for tick in axis.get_xticks() if low <= tick <= high] == expected
 
 
-def test_markers_of_every_epoch_stand_evenly_on_a_log_axis(tmp_path):
-    """A hundred epochs, of which NC1 and DIB are measured in three."""
-    run = measured(tmp_path / "run", LAYERS, epochs=100)
+def test_markers_are_spaced_evenly_on_a_log_axis(tmp_path):
+    """Of a hundred epochs, NC1 and DIB are measured in three."""
+    run = write_run(tmp_path / "run", LAYERS, epochs=100)
     for name in ("nc1", "dib"):
         table = pd.read_csv(run / f"{name}.csv")
         table[table["epoch"].isin([1, 10, 100])].to_csv(run / f"{name}.csv", index=False)
-    drawn = line(axes(gallery.figure("training", groups([run])))[0], "train")
+    drawn = find_line(list_axes(gallery.draw_figure("training", read_groups([run])))[0], "train")
     epochs = drawn.get_xdata()[drawn.get_markevery()]
     assert (epochs[0], epochs[-1]) == (1, 100)
     assert sum(epochs <= 10) == pytest.approx(sum(epochs > 10), abs=3)
@@ -291,84 +307,97 @@ def test_markers_of_every_epoch_stand_evenly_on_a_log_axis(tmp_path):
 
 def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
     runs = [
-        measured(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)
+        write_run(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)
         for name, seed, epochs, data in (("a", 0, 2, "SZT"), ("b", 1, 9, "SZT"), ("c", 2, 30, "MNIST"))
     ]
     (runs[1] / "hparams.json").write_text((runs[1] / "hparams.json").read_text().replace("{", '{"widths": [9], '))
     for name in ("nc1", "depth", "information", "plane", "gap"):
-        views = [(axis.get_ylim(), axis.get_xlim()) for axis in axes(gallery.figure(name, groups(runs)), 99)]
+        views = [
+            (axis.get_ylim(), axis.get_xlim()) for axis in list_axes(gallery.draw_figure(name, read_groups(runs)), 99)
+        ]
         strip = len(views) // 3
         assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]], name
         assert views[0][0] != views[-1][0], name
         assert (views[0][1] == views[strip][1]) == (name in ("plane", "depth")), name
-    figure = gallery.figure("plane_by_epoch", groups(runs[:2]))
+    figure = gallery.draw_figure("plane_by_epoch", read_groups(runs[:2]))
     bars = [axis.get_ylim() for axis in figure.findobj(plt.Axes) if axis.get_label() == "<colorbar>"]
-    assert np.array(bars) == pytest.approx(np.array([(0, 2), (0, 9)]))  # of epochs, to which no scale is common
+    assert np.array(bars) == pytest.approx(np.array([(0, 2), (0, 9)]))  # epochs have no common scale
 
 
-def test_an_nc1_that_is_not_there_is_a_gap_and_is_said(tmp_path):
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
+def test_a_missing_nc1_is_a_gap_and_is_counted_in_the_legend(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in range(2)]
     path = runs[0] / "nc1.csv"
     path.write_text(path.read_text().replace("1,train,hidden2,8,1,25.0,1,0", "1,train,hidden2,8,0,nan,nan,1"))
-    assert texts(gallery.figure("nc1", groups(runs))) == ["input", "hidden1", "hidden2 (1 to 2 seeds)", "hidden3"]
-    alone = gallery.figure("nc1", groups(runs[:1]))
-    y = line(axes(alone)[0], "hidden2").get_ydata()
+    assert read_legend(gallery.draw_figure("nc1", read_groups(runs))) == [
+        "input",
+        "hidden1",
+        "hidden2 (1 to 2 seeds)",
+        "hidden3",
+    ]
+    alone = gallery.draw_figure("nc1", read_groups(runs[:1]))
+    y = find_line(list_axes(alone)[0], "hidden2").get_ydata()
     assert np.isnan(y).tolist() == [True, False, False]
-    assert texts(gallery.figure("depth", groups(runs[:1])))[0] == "epoch 1\n  test ×0.50, -1.00"  # two layers: no line
+    assert (
+        read_legend(gallery.draw_figure("depth", read_groups(runs[:1])))[0] == "epoch 1\n  test ×0.50, -1.00"
+    )  # two layers: no line
 
 
 def lose_ranks(run: Path, rows: str) -> None:
-    """Make the class means of these layers those of rank 1, of three classes."""
+    """Set the rank of the class means to 1 in these rows and to 2 in all others, of three classes."""
     hparams, path = run / "hparams.json", run / "nc1.csv"
     hparams.write_text(hparams.read_text().replace('"num_classes": 2', '"num_classes": 3'))
     text = re.sub(r"(\w+,\d+),1,", r"\1,2,", path.read_text())
     path.write_text(re.sub(rf"^({rows},\d+),2,", r"\1,1,", text, flags=re.MULTILINE))
 
 
-def crosses(axis: plt.Axes) -> dict[tuple, list]:
-    """The points of the crosses by their colours; those without points are names in a legend."""
+def find_crosses(axis: plt.Axes) -> dict[tuple, list]:
+    """Return the points of the crosses by their colours. Crosses without points only stand in a legend."""
     found = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
     return {to_rgb(one.get_color()): np.transpose(one.get_data()).tolist() for one in found}
 
 
 def test_layers_of_short_rank_are_crosses(tmp_path):
-    """hidden2 in the first two epochs on the training set, where NC1 is 25 and 12.5, for one of two seeds."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed=seed) for seed in (0, 1)]
-    assert texts(gallery.figure("nc1", groups(runs))) == ["input", *LAYERS]  # no crosses, no word of them
+    """It is hidden2 in the first two epochs on the training set, where NC1 is 25 and 12.5, for one of two seeds."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed=seed) for seed in (0, 1)]
+    assert read_legend(gallery.draw_figure("nc1", read_groups(runs))) == ["input", *LAYERS]  # no crosses
     lose_ranks(runs[0], "[12],train,hidden2")
     lose_ranks(runs[1], "none")
-    figure = gallery.figure("nc1", groups(runs))
-    assert texts(figure) == ["input", *LAYERS, "rank below\nmin(d, C − 1)"]
-    first, second = axes(figure)
-    curve = line(first, "hidden2")
-    assert crosses(first) == {
+    figure = gallery.draw_figure("nc1", read_groups(runs))
+    assert read_legend(figure) == ["input", *LAYERS, "rank below\nmin(d, C − 1)"]
+    first, second = list_axes(figure)
+    curve = find_line(first, "hidden2")
+    assert find_crosses(first) == {
         to_rgb(curve.get_color()): [[1, pytest.approx(25 * 2**0.5)], [2, pytest.approx(12.5 * 2**0.5)]]
     }
     assert curve.get_markevery() == [2]
-    assert crosses(second) == {}
+    assert find_crosses(second) == {}
     lose_ranks(runs[1], "1,test,input")
-    assert crosses(axes(gallery.figure("nc1", groups(runs)))[1]) == {(0, 0, 0): [[1, pytest.approx(150 * 2**0.5)]]}
+    assert find_crosses(list_axes(gallery.draw_figure("nc1", read_groups(runs)))[1]) == {
+        (0, 0, 0): [[1, pytest.approx(150 * 2**0.5)]]
+    }
 
 
 def test_layers_of_short_rank_are_not_in_the_line_by_depth(tmp_path):
-    """NC1 halves from layer to layer but in hidden2, which lost a direction, and most of its NC1 with it."""
-    run = measured(tmp_path / "run", DEEP[:4], epochs=1)
+    """NC1 halves from layer to layer, except in hidden2, which lost a direction and most of NC1 with it."""
+    run = write_run(tmp_path / "run", DEEP[:4], epochs=1)
     path = run / "nc1.csv"
     path.write_text(path.read_text().replace("block2,8,1,25.0", "block2,8,1,0.25"))
     lose_ranks(run, "1,train,block2")
-    figure = gallery.figure("depth", groups([run]))
-    assert texts(figure) == [
+    figure = gallery.draw_figure("depth", read_groups([run]))
+    assert read_legend(figure) == [
         "epoch 1\n  train ×0.50, -1.00\n  test ×0.50, -1.00",
         "rank below\nmin(d, C − 1),\nnot in the line",
     ]
-    (points,) = crosses(axes(figure)[0]).values()
+    (points,) = find_crosses(list_axes(figure)[0]).values()
     assert points == [[2, 0.25]]
-    assert len(axes(figure)[0].containers[1].lines[0].get_ydata()) == 3
-    assert crosses(axes(figure)[1]) == {}
+    assert len(list_axes(figure)[0].containers[1].lines[0].get_ydata()) == 3
+    assert find_crosses(list_axes(figure)[1]) == {}
 
 
-def test_the_input_is_at_depth_0_in_every_epoch_shown(tmp_path):
-    first, second = axes(gallery.figure("depth", groups([measured(tmp_path / "run", LAYERS, epochs=9)])))
+def test_the_input_is_at_depth_0(tmp_path):
+    first, second = list_axes(
+        gallery.draw_figure("depth", read_groups([write_run(tmp_path / "run", LAYERS, epochs=9)]))
+    )
     for axis, value in ((first, 100), (second, 150)):
         (star,) = [line for line in axis.lines if line.get_marker() == "*"]
         assert star.get_xydata().tolist() == [[0, pytest.approx(value)]]
@@ -377,22 +406,22 @@ def test_the_input_is_at_depth_0_in_every_epoch_shown(tmp_path):
 
 
 def test_a_track_of_short_rank_ends_in_a_cross(tmp_path):
-    run = measured(tmp_path / "run", LAYERS)
+    run = write_run(tmp_path / "run", LAYERS)
     lose_ranks(run, "3,test,hidden2")
-    figure = gallery.figure("gap", groups([run]))
-    first, second = axes(figure)
-    assert [line(first, name).get_marker() == "x" for name in LAYERS] == [False, True, False]
-    assert [line(second, name).get_marker() == "x" for name in LAYERS] == [False] * 3  # of minimality
-    assert texts(figure)[-1] == "rank below\nmin(d, C − 1)"
+    figure = gallery.draw_figure("gap", read_groups([run]))
+    first, second = list_axes(figure)
+    assert [find_line(first, name).get_marker() == "x" for name in LAYERS] == [False, True, False]
+    assert [find_line(second, name).get_marker() == "x" for name in LAYERS] == [False] * 3  # minimality
+    assert read_legend(figure)[-1] == "rank below\nmin(d, C − 1)"
 
 
-def test_gaps_are_those_of_each_epoch(tmp_path):
-    """NC1 is 50, 25 and 12.5 / epoch, the loss 1 / epoch on the training set, both 1.5 times that on the test set."""
-    figure = gallery.figure("gap", groups([measured(tmp_path / "run", LAYERS)]))
-    tracks = [line for line in axes(figure)[0].lines if len(line.get_xdata()) == 3]
+def test_gaps_are_drawn_for_each_epoch(tmp_path):
+    """On the training set NC1 is 50, 25, 12.5 / epoch and the loss 1 / epoch, on the test set 1.5 times that."""
+    figure = gallery.draw_figure("gap", read_groups([write_run(tmp_path / "run", LAYERS)]))
+    tracks = [line for line in list_axes(figure)[0].lines if len(line.get_xdata()) == 3]
     assert tracks[0].get_xdata().tolist() == pytest.approx([25, 12.5, 25 / 3])
     assert tracks[0].get_ydata().tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
-    ends = [line for line in axes(figure)[0].lines if line.get_label() == "hidden3"]
+    ends = [line for line in list_axes(figure)[0].lines if line.get_label() == "hidden3"]
     assert ends[0].get_xydata().tolist() == [pytest.approx([12.5 / 6, 0.5 / 3])]
 
 
@@ -400,82 +429,86 @@ def test_gaps_are_those_of_each_epoch(tmp_path):
     ("samples", "reason"),
     [
         ({"train": 3481, "test": 615}, "3,481 training and 615 test samples"),
-        (None, "the run does not tell how many samples"),
-        ({"train": 9}, "the run does not tell how many samples"),
+        (None, "the number of samples is not recorded"),
+        ({"train": 9}, "the number of samples is not recorded"),
     ],
 )
 def test_minimality_of_unequal_sets_is_not_compared(tmp_path, samples, reason):
-    """In each strip for itself; where there is no NC1 either, there is no figure."""
-    runs = [measured(tmp_path / "a", LAYERS, dib_samples=samples), measured(tmp_path / "b", LAYERS, widths=[9])]
-    figure = gallery.figure("gap", groups(runs))
-    first, second, third, fourth = axes(figure, 4)
-    (said,) = second.texts
-    assert said.get_text().splitlines()[1] == reason + ","
-    assert "--dib-size" in said.get_text()
+    """This depends on each group. A group that has no NC1 either is not in the figure."""
+    runs = [write_run(tmp_path / "a", LAYERS, dib_samples=samples), write_run(tmp_path / "b", LAYERS, widths=[9])]
+    figure = gallery.draw_figure("gap", read_groups(runs))
+    first, second, third, fourth = list_axes(figure, 4)
+    (reason_text,) = second.texts
+    assert reason_text.get_text().splitlines()[1] == reason + "."
+    assert "--dib-size" in reason_text.get_text()
     assert (len(second.lines), second.axison) == (0, False)
-    assert all(line(axis, "hidden3") for axis in (first, third, fourth))
+    assert all(find_line(axis, "hidden3") for axis in (first, third, fourth))
     for run in runs:
         (run / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1,kept,dropped\n")
-    assert [gallery.KINDS["gap"].has(group) for group in groups(runs)] == [False, True]
+    assert [gallery.KINDS["gap"].has(group) for group in read_groups(runs)] == [False, True]
 
 
-def test_a_track_of_many_epochs_is_thinned_and_spans_of_decades_are_logarithmic(tmp_path):
-    """NC1's gap is 25 / epoch: 25 to 0.125, and half of them below 0.25."""
-    figure = gallery.figure("gap", groups([measured(tmp_path / "run", LAYERS, epochs=200)]))
-    first, second = axes(figure)
+def test_a_track_of_many_epochs_is_thinned_and_spans_decades_on_a_log_axis(tmp_path):
+    """The gap of NC1 is 25 / epoch: 25 to 0.125, half of them below 0.25."""
+    figure = gallery.draw_figure("gap", read_groups([write_run(tmp_path / "run", LAYERS, epochs=200)]))
+    first, second = list_axes(figure)
     track = first.lines[0].get_xdata()
     assert 15 < len(track) <= 20
     assert (track[0], track[-1]) == pytest.approx((25, 25 / 200))
     assert (first.get_xscale(), second.get_xscale()) == ("symlog", "linear")
 
 
-def test_seeds_end_around_their_mean(tmp_path):
-    """Loss is (1 + seed) / 3, on the test set 0.5 / 3 more for both seeds; the gap of NC1 grows with the seed."""
-    figure = gallery.figure("gap", groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
-    (small,) = [line for line in axes(figure)[0].lines if line.get_markersize() == 2.5 and line.get_marker() == "o"]
+def test_seeds_are_markers_around_their_mean(tmp_path):
+    """Loss is (1 + seed) / 3, on the test set 0.5 / 3 more for both seeds. The gap of NC1 grows with the seed."""
+    figure = gallery.draw_figure(
+        "gap", read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)])
+    )
+    (small,) = [
+        line for line in list_axes(figure)[0].lines if line.get_markersize() == 2.5 and line.get_marker() == "o"
+    ]
     assert small.get_xdata().tolist() == pytest.approx([25 / 3, 25])
     assert small.get_ydata().tolist() == pytest.approx([0.5 / 3] * 2)
-    assert line(axes(figure)[0], "hidden1").get_xdata().tolist() == pytest.approx([50 / 3])
+    assert find_line(list_axes(figure)[0], "hidden1").get_xdata().tolist() == pytest.approx([50 / 3])
 
 
 def test_the_arrow_of_time_points_from_early_to_late(tmp_path):
-    """Minimality is 0.1 nats in epoch 1, 0.5 in epoch 5: half-way out is epoch 3."""
-    figure = gallery.figure("plane", groups([measured(tmp_path / "run", LAYERS, epochs=5)]))
-    arrow = next(text for text in axes(figure)[0].texts if isinstance(text, Annotation))
+    """Minimality is 0.1 nats in epoch 1 and 0.5 in epoch 5, so epoch 3 is half-way out."""
+    figure = gallery.draw_figure("plane", read_groups([write_run(tmp_path / "run", LAYERS, epochs=5)]))
+    arrow = next(text for text in list_axes(figure)[0].texts if isinstance(text, Annotation))
     assert (arrow.xy[0], arrow.xyann[0]) == pytest.approx((0.3 / np.log(2), 0.2 / np.log(2)))
 
 
-def test_lines_of_an_epoch_join_the_layers_behind_the_input(tmp_path):
-    figure = gallery.figure("plane_by_epoch", groups([measured(tmp_path / "run", LAYERS, epochs=5)]))
-    by_epoch = axes(figure)[0].lines
-    told = np.array([[5, 1, 1, 1], [5, 2, 2, 2], [5, 3, 3, 3], [5, 4, 4, 4], [5, 5, 5, 5]])
-    assert np.array([line.get_xdata() for line in by_epoch]) == pytest.approx(0.1 * told / np.log(2))
-    assert not gallery.KINDS["plane_by_epoch"].has(groups([measured(tmp_path / "b", LAYERS, data="MNIST")])[0])
+def test_the_line_of_an_epoch_joins_the_input_and_the_layers(tmp_path):
+    figure = gallery.draw_figure("plane_by_epoch", read_groups([write_run(tmp_path / "run", LAYERS, epochs=5)]))
+    by_epoch = list_axes(figure)[0].lines
+    expected = np.array([[5, 1, 1, 1], [5, 2, 2, 2], [5, 3, 3, 3], [5, 4, 4, 4], [5, 5, 5, 5]])
+    assert np.array([line.get_xdata() for line in by_epoch]) == pytest.approx(0.1 * expected / np.log(2))
+    assert not gallery.KINDS["plane_by_epoch"].has(read_groups([write_run(tmp_path / "b", LAYERS, data="MNIST")])[0])
 
 
 def test_a_layer_has_one_colour_and_marker_in_every_figure(tmp_path):
-    """Also where DIB splits at some of the layers alone; epochs have other colours."""
-    run = measured(tmp_path / "run", DEEP, factors=(1, 2))
-    kept = [row for row in (run / "dib.csv").read_text().splitlines() if "block" not in row or "block9," in row]
-    (run / "dib.csv").write_text("\n".join(kept) + "\n")
-    found = groups([run])
+    """This holds even if DIB splits at some layers only. Epochs have other colours."""
+    run = write_run(tmp_path / "run", DEEP, factors=(1, 2))
+    rows = [row for row in (run / "dib.csv").read_text().splitlines() if "block" not in row or "block9," in row]
+    (run / "dib.csv").write_text("\n".join(rows) + "\n")
+    found = read_groups([run])
     lines = [
-        line(axis, "block9")
-        for name in ("nc1", "information", "plane", "gap", "settle")
-        for axis in axes(gallery.figure(name, found), 2)
+        find_line(axis, "block9")
+        for name in ("nc1", "information", "plane", "gap", "convergence")
+        for axis in list_axes(gallery.draw_figure(name, found), 2)
     ]
     assert len({(to_rgb(one.get_color()), one.get_marker()) for one in lines}) == 1
-    figure = gallery.figure("plane_by_epoch", found)
-    shown = dict(zip(texts(figure), legend(figure).legend_handles, strict=True))
+    figure = gallery.draw_figure("plane_by_epoch", found)
+    shown = dict(zip(read_legend(figure), find_legend(figure).legend_handles, strict=True))
     marker = plt.matplotlib.markers.MarkerStyle(lines[0].get_marker())
     path = marker.get_path().transformed(marker.get_transform())
     assert np.array_equal(shown["block9"].get_paths()[0].vertices, path.vertices)
-    assert not np.allclose(style.of_epoch(1, 9)[:3], to_rgb(lines[0].get_color()))
+    assert not np.allclose(style.get_epoch_colour(1, 9)[:3], to_rgb(lines[0].get_color()))
 
 
 def test_every_layer_of_a_deep_network_is_in_the_plane_by_epoch(tmp_path):
-    figure = gallery.figure("plane_by_epoch", groups([measured(tmp_path / "run", DEEP)]))
-    assert texts(figure) == ["input", *DEEP]
+    figure = gallery.draw_figure("plane_by_epoch", read_groups([write_run(tmp_path / "run", DEEP)]))
+    assert read_legend(figure) == ["input", *DEEP]
 
 
 @pytest.mark.parametrize(
@@ -484,12 +517,12 @@ def test_every_layer_of_a_deep_network_is_in_the_plane_by_epoch(tmp_path):
         *(("nc1", name) for name in ("nc1", "depth", "gap")),
         *(("epochs", name) for name in ("training", "gap")),
         *(("dib", name) for name in ("information", "plane", "plane_by_epoch", "gap")),
-        ("settle", "settle"),
+        ("convergence", "convergence"),
     ],
 )
-def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
-    """A layer without NC1 throughout (a dead one), a test loss that overflowed, labelings that were not measured."""
-    run = measured(tmp_path / "run", LAYERS, factors=(1, 2))
+def test_values_that_are_not_numbers_are_left_out(tmp_path, table, name):
+    """They are NC1 of a dead layer, a test loss that overflowed, and labelings that were not measured."""
+    run = write_run(tmp_path / "run", LAYERS, factors=(1, 2))
     text = (run / f"{table}.csv").read_text()
     if table == "nc1":
         text = re.sub(r"(hidden3,8),1,.*", r"\1,0,nan,nan,1", text)
@@ -498,21 +531,21 @@ def test_what_is_not_a_number_is_left_out(tmp_path, table, name):
     else:
         text = "".join(row for row in text.splitlines(True) if not re.search(r",0,[01],", row))
     (run / f"{table}.csv").write_text(text)
-    FigureCanvasAgg(gallery.figure(name, groups([run]))).draw()
+    FigureCanvasAgg(gallery.draw_figure(name, read_groups([run]))).draw()
 
 
-def test_names_from_outside_are_no_formulas(tmp_path):
-    runs = [measured(tmp_path / name, LAYERS, widths=[name] * 40) for name in ("$a", "$b$")]
+def test_dollars_in_names_are_not_formulas(tmp_path):
+    runs = [write_run(tmp_path / name, LAYERS, widths=[name] * 40) for name in ("$a", "$b$")]
     for name in ("training", "nc1"):
-        FigureCanvasAgg(gallery.figure(name, groups(runs))).draw()
+        FigureCanvasAgg(gallery.draw_figure(name, read_groups(runs))).draw()
 
 
-def test_colours_are_told_apart_in_grey_and_on_paper():
-    looks = style.colours(DEEP).values()
-    grey = [luminance(look["color"]) for look in looks]
+def test_colours_differ_in_grey_and_are_dark_enough_for_paper():
+    looks = style.assign_looks(DEEP).values()
+    grey = [compute_luminance(look["color"]) for look in looks]
     assert all(a < b for a, b in pairwise(grey))
     assert grey[-1] < 0.7
-    epochs = [luminance(colour[:3]) for colour in style.of_epoch(np.array([1, 5, 22, 100]), 100)]
+    epochs = [compute_luminance(colour[:3]) for colour in style.get_epoch_colour(np.array([1, 5, 22, 100]), 100)]
     assert all(a + 0.1 < b for a, b in pairwise(epochs))
     assert epochs[-1] < 0.7
     assert len({(look["marker"], round(g, 1)) for look, g in zip(looks, grey, strict=True)}) == len(DEEP)
@@ -522,19 +555,19 @@ def test_colours_are_told_apart_in_grey_and_on_paper():
     ("name", "layers", "samples"),
     [
         *((name, DEEP, 60) for name in gallery.KINDS if name != "lr_range"),
-        *((name, LAYERS, 60) for name in ("gap", "plane", "settle")),
-        *(("gap", layers, 12345) for layers in (DEEP, LAYERS)),  # too many to be compared
+        *((name, LAYERS, 60) for name in ("gap", "plane", "convergence")),
+        *(("gap", layers, 12345) for layers in (DEEP, LAYERS)),  # test samples, too many to compare
     ],
 )
 def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, layers, samples):
-    """Of as many layers as ConvNeXt has; of few, with long numbers at the ticks; with decoders that were not found."""
+    """Figures have as many layers as ConvNeXt, or few and long numbers at the ticks, and suboptimal probes."""
     flags = {"data": "SZT" if name == "plane_by_epoch" else "CIFAR10", "dib_samples": {"train": 60, "test": samples}}
-    run = measured(tmp_path / "run", layers, epochs=12, factors=(1, 2, 4, 8), **flags)
+    run = write_run(tmp_path / "run", layers, epochs=12, factors=(1, 2, 4, 8), **flags)
     dib = pd.read_csv(run / "dib.csv")
-    dib["bound"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
-    dib["loss"] = dib["bound"] + np.arange(len(dib)) % 7
+    dib["upper"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
+    dib["loss"] = dib["upper"] + np.arange(len(dib)) % 7
     dib.to_csv(run / "dib.csv", index=False)
-    figure = gallery.figure(name, groups([run]))
+    figure = gallery.draw_figure(name, read_groups([run]))
     drawn, draw = [], Text.draw
     monkeypatch.setattr(Text, "draw", lambda self, renderer: (drawn.append(self), draw(self, renderer)))
     FigureCanvasAgg(figure).draw()
@@ -549,30 +582,30 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, laye
         assert not one.shrunk(0.98, 0.98).overlaps(other.shrunk(0.98, 0.98)), (a, b)
 
 
-def test_the_range_test(tmp_path):
-    run = measured(tmp_path / "run", LAYERS)
+def test_the_range_test_is_drawn(tmp_path):
+    run = write_run(tmp_path / "run", LAYERS)
     (run / "lr_range.csv").write_text(
         "step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n1,1e-4,2.2,2.25,0\n2,1e-2,1.5,1.9,1\n3,1,9,5,0\n"
     )
-    figure = gallery.figure("lr_range", groups([run]))
-    (axis,) = axes(figure)
+    figure = gallery.draw_figure("lr_range", read_groups([run]))
+    (axis,) = list_axes(figure)
     assert axis.get_xscale() == "log"
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("learning rate", "cross-entropy (nats)")
-    assert texts(figure) == ["of a step", "smoothed", "chosen: 0.01"]
+    assert read_legend(figure) == ["each step", "smoothed", "chosen: 0.01"]
     assert axis.get_ylim()[1] < 5
 
 
-def test_rounding_is_not_drawn_as_information(tmp_path):
-    """Where all is told, curves differ by 1e-12 bits: the axes show a tenth of a bit all the same."""
-    run = measured(tmp_path / "run", LAYERS)
+def test_rounding_errors_do_not_look_like_information(tmp_path):
+    """Curves that differ by 1e-12 nats are drawn on axes of a tenth of a bit."""
+    run = write_run(tmp_path / "run", LAYERS)
     table = pd.read_csv(run / "dib.csv")
-    table["loss"] = table["bound"] = 0.3 + 1e-12 * table["epoch"]
+    table["loss"] = table["upper"] = 0.3 + 1e-12 * table["epoch"]
     table.to_csv(run / "dib.csv", index=False)
-    found = groups([run])
-    low, high = axes(gallery.figure("information", found))[0].get_ylim()
+    found = read_groups([run])
+    low, high = list_axes(gallery.draw_figure("information", found))[0].get_ylim()
     assert 0.0999 < high - low < 0.12
-    plane = axes(gallery.figure("plane", found))[0]
+    plane = list_axes(gallery.draw_figure("plane", found))[0]
     for low, high in (plane.get_xlim(), plane.get_ylim()):
         assert 0.0999 < high - low < 0.12
-    low, high = axes(gallery.figure("gap", found))[1].get_xlim()
+    low, high = list_axes(gallery.draw_figure("gap", found))[1].get_xlim()
     assert 0.0999 < high - low < 0.12

@@ -1,17 +1,87 @@
-"""A run of the program before its words were changed (tests/old_run): it is read for ever, and not resumed."""
+"""Test that a run of the first version is still read. tests/old_run is one, with names that were changed later."""
 
+import base64
+import json
+import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from analysis import plots, report, table, tables
+from layerwise import schema
 
 OLD = Path(__file__).parent / "old_run"
 
 
+@pytest.fixture
+def run(tmp_path):
+    """Return a copy of the old run."""
+    return shutil.copytree(OLD, tmp_path / "run")
+
+
+def rename_all(run: Path) -> None:
+    """Give the files, columns and flags of an old run their present names."""
+    for old, new in schema.RENAMED_FILES.items():
+        (run / old).rename(run / new)
+    for path in run.glob("*.csv"):
+        header, rows = path.read_text().split("\n", 1)
+        columns = [schema.RENAMED_COLUMNS.get(column, column) for column in header.split(",")]
+        path.write_text(",".join(columns) + "\n" + rows)
+    hparams = json.loads((run / "hparams.json").read_text())
+    renamed = {schema.RENAMED_HPARAMS.get(name, name): value for name, value in hparams.items()}
+    (run / "hparams.json").write_text(json.dumps(renamed))
+
+
+def change_seed(run: Path, seed: int) -> None:
+    """Replace the seed of a run."""
+    path = run / "hparams.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": seed}))
+
+
 @pytest.mark.parametrize("program", [plots, report, table])
-def test_an_old_run_is_drawn(program, tmp_path, capsys):
-    run = shutil.copytree(OLD, tmp_path / "run")
-    tables.script("", program.write, [str(run)])
+def test_programs_read_an_old_run(program, run, capsys):
+    tables.run_script("", program.write, [str(run)])
     assert capsys.readouterr().err == ""
+
+
+def test_convergence_of_an_old_run_is_drawn(run, capsys):
+    tables.run_script("", plots.write, [str(run)])
+    assert str(run / "figures" / "convergence.png") in capsys.readouterr().out.splitlines()
+    assert (run / "figures" / "convergence.pdf").exists()
+
+
+def test_downloads_of_an_old_run_have_their_own_file_names(run):
+    tables.run_script("", report.write, [str(run)])
+    links = re.findall(r'download="([^"]+)" href="data:text/csv;base64,([^"]+)"', (run / "report.html").read_text())
+    found = {name: base64.b64decode(content) for name, content in links}
+    assert found == {path.name: path.read_bytes() for path in run.glob("*.csv")}
+    assert set(schema.RENAMED_FILES) <= set(found)
+
+
+@pytest.mark.parametrize("name", ["dib", "convergence"])
+def test_upper_is_the_column_bound(run, name):
+    raw = pd.read_csv(tables.find_table(run, name))
+    assert tables.read_tables(run)[name]["upper"].tolist() == raw["bound"].tolist()
+
+
+def test_an_old_and_a_new_run_of_other_seeds_are_one_group(run, tmp_path):
+    new = shutil.copytree(run, tmp_path / "new")
+    rename_all(new)
+    change_seed(new, 1)
+    (group,) = tables.read_groups([run, new])
+    assert group.describe_seeds() == "2 seeds"
+    assert [flags["probes"] for flags in group.hparams] == ["tuned", "tuned"]
+    for name in ("dib", "convergence"):
+        old_rows, new_rows = (
+            rows.drop(columns="seed").reset_index(drop=True) for _, rows in group.tables[name].groupby("seed")
+        )
+        pd.testing.assert_frame_equal(old_rows, new_rows)
+
+
+def test_an_old_and_a_new_run_of_the_same_seed_are_refused_as_equal(run, tmp_path):
+    new = shutil.copytree(run, tmp_path / "new")
+    rename_all(new)
+    with pytest.raises(ValueError, match="have the same flags and seed"):
+        tables.read_groups([run, new])

@@ -1,30 +1,36 @@
-"""The figures as files."""
+"""Test the figures as files."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
 from analysis import gallery, plots, style
-from analysis.tables import groups
-from tests.toys import measured
+from analysis.tables import read_groups
+from tests.toys import write_run
 
 LAYERS = ["hidden1", "hidden2"]
-ALL = {"training", "nc1", "depth", "information", "plane", "plane_by_epoch", "gap", "settle"}
+ALL = {"training", "nc1", "depth", "information", "plane", "plane_by_epoch", "gap", "convergence"}
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n1,1e-2,1.5,1.9,1\n"
 
 
-def test_every_figure_as_png_and_as_pdf_with_its_fonts(tmp_path, capsys):
-    plots.write(groups([measured(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2)) for seed in range(2)]), tmp_path)
+def test_every_figure_is_written_as_png_and_as_pdf_with_fonts(tmp_path, capsys):
+    plots.write(
+        read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2)) for seed in range(2)]), tmp_path
+    )
     files = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert set(files) == {f"{name}.{ending}" for name in ALL for ending in ("png", "pdf")}
     assert capsys.readouterr().out.split() == [
         str(tmp_path / "figures" / f"{name}.png")
-        for name in ("training", "nc1", "depth", "information", "plane", "plane_by_epoch", "gap", "settle")
+        for name in ("training", "nc1", "depth", "information", "plane", "plane_by_epoch", "gap", "convergence")
     ]
     for name, content in files.items():
         if name.endswith(".pdf"):
             assert b"/FontFile2" in content, name  # TrueType, embedded
             assert b"/Type3" not in content, name
-            assert b"/Subtype /Image" not in content, name  # lines, not a picture of lines
+            assert b"/Subtype /Image" not in content, name  # vector graphics
         else:
             assert content.startswith(b"\x89PNG"), name
 
@@ -33,29 +39,36 @@ def test_every_figure_as_png_and_as_pdf_with_its_fonts(tmp_path, capsys):
     ("without", "expected"),
     [
         ([], ALL),
-        (["settle"], ALL - {"settle"}),
+        (["convergence"], ALL - {"convergence"}),
         (["nc1"], ALL - {"nc1", "depth"}),
-        (["dib", "settle"], {"training", "nc1", "depth", "gap"}),
-        (["nc1", "dib", "settle"], {"training"}),
-        (["hidden"], {"training", "nc1", "depth", "information", "plane", "plane_by_epoch", "settle"}),
+        (["dib", "convergence"], {"training", "nc1", "depth", "gap"}),
+        (["nc1", "dib", "convergence"], {"training"}),
+        (["hidden"], {"training", "nc1", "depth", "information", "plane", "plane_by_epoch", "convergence"}),
         ([",test,"], ALL - {"gap"}),
-        (["epochs", "nc1", "dib", "settle"], set()),
+        (["epochs", "nc1", "dib", "convergence"], set()),
     ],
 )
-def test_what_was_measured_is_drawn(tmp_path, without, expected):
-    """A table without rows (a measure that was off), the input alone, one set alone, a range test alone."""
-    run = measured(tmp_path / "run", LAYERS, factors=() if "settle" in without else (1, 2))
+def test_figures_of_what_was_measured_are_drawn(tmp_path, without, expected):
+    """A run may have tables without rows (a measure was off), only the input, only one set or only a range test."""
+    run = write_run(tmp_path / "run", LAYERS, factors=() if "convergence" in without else (1, 2))
     (run / "lr_range.csv").write_text(LR_RANGE)
-    for path in (run / f"{name}.csv" for name in ("epochs", "nc1", "dib", *["settle"] * ("settle" not in without))):
+    for path in run.glob("*.csv"):
+        if path.stem == "lr_range":
+            continue
         header, *rows = path.read_text().splitlines()
         if path.stem in without:
             rows = []
         elif path.stem != "epochs":
             rows = [row for row in rows if not any(text in row for text in without)]
         path.write_text("\n".join([header, *rows]) + "\n")
-    found = groups([run])
-    assert set(gallery.names(found)) == expected | {"lr_range"}
+    found = read_groups([run])
+    assert set(gallery.list_figures(found)) == expected | {"lr_range"}
     with plt.rc_context(style.STYLE):
-        for name in gallery.names(found):
-            gallery.figure(name, found)
+        for name in gallery.list_figures(found):
+            gallery.draw_figure(name, found)
     plt.close("all")
+
+
+def test_analysis_does_not_import_torch():
+    code = "import sys, analysis.plots, analysis.report, analysis.table; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(plots.__file__).parents[1], check=True)

@@ -1,4 +1,4 @@
-"""What holds for any input: 100 cases each, and as many as CASES says in make test-slow."""
+"""What holds for any input, tried on 100 random cases or as many as the environment variable CASES says."""
 
 import contextlib
 import io
@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nc1
-from flags import make_parser
+from layerwise import devices
+from layerwise.samples import Samples
 from relabel import relabel
-from tests.toys import Toy, clusters
-from tests.yardsticks import dense_nc1
+from tests.toys import make_clusters
+from tools.references import compute_dense_nc1
+from training.configuration import make_parser
 
 cases = settings(max_examples=int(os.environ.get("CASES", "100")), deadline=None)
 
 
-def plainly(labels: list[int], C: int) -> list[list[int]]:
-    """Algorithm 1 as one would do it by hand."""
+def relabel_by_counting(labels: list[int], C: int) -> list[list[int]]:
+    """Return the digits of Algorithm 1, computed sample by sample."""
     counters = {}
     indices = [next(counters.setdefault(c, count())) for c in labels]
     D = next(D for D in count(1) if C**D > max(indices, default=0))
@@ -31,12 +33,12 @@ def plainly(labels: list[int], C: int) -> list[list[int]]:
 
 @cases
 @given(st.integers(2, 12).flatmap(lambda C: st.tuples(st.just(C), st.lists(st.integers(0, C - 1), max_size=60))))
-def test_relabel_agrees_with_counting_by_hand(case):
+def test_relabel_agrees_with_counting(case):
     C, labels = case
     digits = relabel(torch.tensor(labels, dtype=torch.int64), C)
-    assert digits.tolist() == plainly(labels, C)
-    named = {(c, *row) for c, row in zip(labels, digits.tolist(), strict=True)}
-    assert len(named) == len(labels)  # the digits name every sample of a class
+    assert digits.tolist() == relabel_by_counting(labels, C)
+    identified = {(c, *row) for c, row in zip(labels, digits.tolist(), strict=True)}
+    assert len(identified) == len(labels)  # the digits identify every sample of a class
 
 
 @cases
@@ -47,19 +49,19 @@ def test_relabel_agrees_with_counting_by_hand(case):
     spread=st.floats(1e-3, 1e3),
     offset=st.floats(-1e3, 1e3),
     batch_size=st.integers(1, 150),
-    keep_bytes=st.sampled_from([0, nc1.KEEP_BYTES]),
+    cache_bytes=st.sampled_from([0, devices.CACHE_BYTES]),
     seed=st.integers(0, 2**32),
 )
-def test_nc1_agrees_with_the_dense_formula(C, d, more, spread, offset, batch_size, keep_bytes, seed):
-    split, model = clusters(C + more, d, C, spread, seed), nn.Sequential(nn.Identity())
-    split.x += offset
+def test_nc1_agrees_with_the_dense_formula(C, d, more, spread, offset, batch_size, cache_bytes, seed):
+    samples, model = make_clusters(C + more, d, C, spread, seed), nn.Sequential(nn.Identity())
+    samples.inputs += offset
     order = torch.randperm(C + more, generator=torch.Generator().manual_seed(seed))
-    shuffled = Toy(split.x[order], split.labels[order])
-    got = nc1.measure(model, {"layer": model[0]}, shuffled, C, batch_size, keep_bytes)
+    shuffled = Samples(samples.inputs[order], samples.labels[order])
+    got = nc1.measure(model, {"layer": model[0]}, shuffled, C, batch_size, cache_bytes)
     dim, rank, value, _, dropped = got["layer"]
     assert dim == d
     assert (rank, dropped) == (min(C - 1, d), 0)
-    assert value == pytest.approx(dense_nc1(split.x, split.labels, C), rel=1e-6)
+    assert value == pytest.approx(compute_dense_nc1(samples.inputs, samples.labels, C), rel=1e-6)
 
 
 FLAGS = [flag for action in make_parser()._actions for flag in action.option_strings if "h" not in flag.strip("-")[:1]]
@@ -71,7 +73,7 @@ WORDS = st.sampled_from(
 
 @cases
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), NUMBERS, WORDS, st.text(max_size=8)), max_size=6))
-def test_flags_are_understood_or_refused_on_one_line(arguments):
+def test_flags_are_parsed_or_refused_in_one_line(arguments):
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:

@@ -1,4 +1,4 @@
-"""The report: what is in the page, and what a browser makes of it."""
+"""Test the report: the contents of the page, and how a browser shows it."""
 
 import base64
 import os
@@ -11,24 +11,24 @@ from time import monotonic, sleep
 import pytest
 
 from analysis import gallery, report
-from analysis.tables import groups
-from tests.toys import measured
+from analysis.tables import read_groups
+from tests.toys import write_run
 
 LAYERS = ["hidden1", "hidden2", "hidden10"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds of a small network (inputs of rank 0 on the training set), a long name, one as deep as they come."""
+    """Return two seeds of a small network with inputs of rank 0, a run with a long flag, and a run with many layers."""
     folder = tmp_path_factory.mktemp("<b>&amp;")
-    deep = measured(folder / "deep", [f"block{i}" for i in range(1, 20)], model="ConvNeXt", data="CIFAR10")
-    long = measured(
+    deep = write_run(folder / "deep", [f"block{i}" for i in range(1, 20)], model="ConvNeXt", data="CIFAR10")
+    long = write_run(
         folder / "long",
         LAYERS,
         factors=(1, 2, 4),
-        optimizer="Adam, and a word or two about its flags, of which it has few",
+        optimizer="Adam, described by a text that is too long for a label of a group",
     )
-    seeds = [measured(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
+    seeds = [write_run(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
     for run in seeds:
         text = (run / "nc1.csv").read_text()
         (run / "nc1.csv").write_text(re.sub("(train,input,12),.*", r"\1,0,nan,nan,nan", text))
@@ -38,11 +38,12 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report.write(groups(runs), folder)
+    report.write(read_groups(runs), folder)
     return folder / "report.html"
 
 
-def elements(page) -> list[tuple[str, dict]]:
+def parse_elements(page) -> list[tuple[str, dict]]:
+    """Return (tag, attributes) of every element of the page."""
     found = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
@@ -50,8 +51,8 @@ def elements(page) -> list[tuple[str, dict]]:
     return found
 
 
-def test_the_page_needs_nothing_beside_it(page):
-    for tag, attributes in elements(page):
+def test_the_page_needs_no_other_file(page):
+    for tag, attributes in parse_elements(page):
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href"):
                 assert value.startswith(("#", "data:")), (tag, value)
@@ -59,9 +60,9 @@ def test_the_page_needs_nothing_beside_it(page):
     assert not re.search(r"@import|url\((?!#)", page.read_text())
 
 
-def test_every_figure_and_no_id_twice(page, runs):
-    names = gallery.names(groups(runs))
-    ids = [attributes["id"] for _, attributes in elements(page) if "id" in attributes]
+def test_the_page_has_every_figure_and_unique_ids(page, runs):
+    names = gallery.list_figures(read_groups(runs))
+    ids = [attributes["id"] for _, attributes in parse_elements(page) if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert [name for name in ids if name in gallery.KINDS] == names
     referred = set(re.findall(r'href="#([^"]+)|url\(#([^)]+)\)', page.read_text()))
@@ -69,33 +70,36 @@ def test_every_figure_and_no_id_twice(page, runs):
     assert all(escape(gallery.KINDS[name].caption) in page.read_text().replace("&#39;", "&#x27;") for name in names)
 
 
-def test_how_well_decoders_were_found_is_said_below_the_table_of_each_group(page):
-    said = r"</table>\s*</div>\s*<p>Of DIB&#39;s decoders in all epochs [\d.]+% \(train set\) and [\d.]+% \(test set\)"
-    assert len(re.findall(said, page.read_text())) == 3
+def test_the_share_of_suboptimal_probes_is_below_the_table_of_each_group(page):
+    note = r"</table>\s*</div>\s*<p>Of the probes of all epochs, [\d.]+% \(train set\) and [\d.]+% \(test set\)"
+    assert len(re.findall(note, page.read_text())) == 3
 
 
-def joined(run) -> str:
+def join_parts(run) -> str:
+    """Return the prefix that the files of a run have among the downloads."""
     return "-".join(run.parts[1:])
 
 
-def test_the_csvs_are_in_the_page(page, runs):
+def test_the_page_contains_the_csvs(page, runs):
     found = {
         attributes["download"]: base64.b64decode(attributes["href"].split(",")[1])
-        for tag, attributes in elements(page)
+        for tag, attributes in parse_elements(page)
         if tag == "a"
     }
-    expected = {f"{joined(run)}-{name}.csv": run / f"{name}.csv" for run in runs for name in ("epochs", "nc1", "dib")}
-    expected[f"{joined(runs[2])}-settle.csv"] = runs[2] / "settle.csv"
+    expected = {
+        f"{join_parts(run)}-{name}.csv": run / f"{name}.csv" for run in runs for name in ("epochs", "nc1", "dib")
+    }
+    expected[f"{join_parts(runs[2])}-convergence.csv"] = runs[2] / "convergence.csv"
     assert found == {name: path.read_bytes() for name, path in expected.items()}
 
 
-def test_settings_and_texts_of_a_run_are_escaped(page, runs):
-    settings = report.settings(groups(runs)).set_index("flag")["MLP on SZT"]
+def test_settings_are_shown_and_texts_are_escaped(page, runs):
+    settings = report.tabulate_settings(read_groups(runs)).set_index("flag")["MLP on SZT"]
     assert settings["seed"] == "0, 2"
     assert settings["model"] == "MLP"
     assert settings["dib_samples"] == "train 60, test 60"
     assert settings["run_dir"] == f"{runs[0]}, {runs[1]}"
-    assert report.settings(groups(runs)).columns.str[:15].tolist() == [
+    assert report.tabulate_settings(read_groups(runs)).columns.str[:15].tolist() == [
         "flag",
         "MLP on SZT",
         "MLP on SZT: /tm",
@@ -127,7 +131,8 @@ TOO_WIDE = "return document.documentElement.scrollWidth - document.documentEleme
 OFFLINE = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
 
 
-def opened(browser, page, width: int, height: int = 900):
+def open_page(browser, page, width: int, height: int = 900):
+    """Show the page on a screen of this size."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get(page.as_uri())
@@ -136,14 +141,14 @@ def opened(browser, page, width: int, height: int = 900):
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_a_browser_shows_every_figure_in_the_width_of_a_screen(browser, page, runs, width):
-    opened(browser, page, width)
+    open_page(browser, page, width)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script(TOO_WIDE) == 0
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == len(gallery.names(groups(runs)))
+    assert len(boxes) == len(gallery.list_figures(read_groups(runs)))
     for box in boxes:
         assert box["left"] >= 0
         assert box["right"] <= width
@@ -152,31 +157,35 @@ def test_a_browser_shows_every_figure_in_the_width_of_a_screen(browser, page, ru
 
 
 def test_tables_sort_by_column(browser, page):
-    opened(browser, page, 1280)
+    open_page(browser, page, 1280)
     table = browser.find_elements("css selector", "table.sortable")[1]
-    heads = {head.text: head for head in table.find_elements("css selector", "th")}
+    titles = {title.text: title for title in table.find_elements("css selector", "th")}
 
-    def names():
+    def read_names():
         return [cell.text for cell in table.find_elements("css selector", "tbody td:first-child")]
 
-    assert names() == ["input", "hidden1", "hidden2", "hidden10"]
-    for head, order, expected in (
-        ("NC1, train", "ascending", ["hidden10", "hidden2", "hidden1", "input"]),  # 8, 17, 33, and what is no number
+    assert read_names() == ["input", "hidden1", "hidden2", "hidden10"]
+    for name, order, expected in (
+        (
+            "NC1, train",
+            "ascending",
+            ["hidden10", "hidden2", "hidden1", "input"],
+        ),  # 8, 17, 33, and the cell without a number
         ("NC1, train", "descending", ["hidden1", "hidden2", "hidden10", "input"]),
         ("layer", "ascending", ["hidden1", "hidden2", "hidden10", "input"]),
         ("layer", "descending", ["input", "hidden10", "hidden2", "hidden1"]),
     ):
-        heads[head].find_element("css selector", "button").click()
-        assert names() == expected
-        sorted_by = [name for name, each in heads.items() if each.get_attribute("aria-sort") == order]
-        assert sorted_by == [head]
+        titles[name].find_element("css selector", "button").click()
+        assert read_names() == expected
+        sorted_by = [other for other, title in titles.items() if title.get_attribute("aria-sort") == order]
+        assert sorted_by == [name]
     assert browser.get_log("browser") == []
 
 
-def test_without_scripts_the_tables_are_plain(browser, page):
+def test_without_scripts_the_tables_have_no_buttons(browser, page):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        opened(browser, page, 1280)
+        open_page(browser, page, 1280)
         assert browser.find_elements("css selector", "th button") == []
         assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == (3 + 1 + 1) + 4 + 4 + 20
     finally:
@@ -184,8 +193,8 @@ def test_without_scripts_the_tables_are_plain(browser, page):
 
 
 def test_the_page_prints_within_the_paper(browser, page):
-    """A4 less the margins is 718 pixels wide."""
-    opened(browser, page, 718, 1000)
+    """A4 without margins is 718 pixels wide."""
+    open_page(browser, page, 718, 1000)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
         assert browser.execute_script(TOO_WIDE) == 0
@@ -200,11 +209,11 @@ def test_the_page_prints_within_the_paper(browser, page):
 
 
 def test_a_csv_is_saved(browser, page, runs, tmp_path):
-    opened(browser, page, 1280)
+    open_page(browser, page, 1280)
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     browser.find_element("partial link text", "s2-nc1.csv").click()
     end = monotonic() + 20
     while not list(tmp_path.glob("*s2-nc1.csv")) and monotonic() < end:
         sleep(0.05)
-    (saved,) = tmp_path.glob("*s2-nc1.csv")  # with other characters for those that no file name may have
+    (saved,) = tmp_path.glob("*s2-nc1.csv")  # the browser replaces characters that are not allowed in file names
     assert saved.read_bytes() == (runs[1] / "nc1.csv").read_bytes()

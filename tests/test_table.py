@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from analysis import table
-from analysis.tables import groups
-from tests.toys import measured
+from analysis.tables import read_groups
+from tests.toys import write_run
 
 LAYERS = ["hidden1", "hidden2"]
 NAN, INF = float("nan"), float("inf")
@@ -34,24 +34,24 @@ NAN, INF = float("nan"), float("inf")
         ([1.0, INF], "inf"),
     ],
 )
-def test_mean_and_deviation_in_digits(values, expected):
-    assert table.cell(pd.Series(values, dtype=float), none="rank 0") == expected
+def test_digits_of_mean_and_deviation(values, expected):
+    assert table.format_mean(pd.Series(values, dtype=float), nan="rank 0") == expected
 
 
-def test_a_row_for_each_run_and_one_for_the_mean(tmp_path):
+def test_each_run_and_the_mean_have_a_row(tmp_path):
     """Loss is (1 + seed) / 3 on the training set after the third epoch, accuracy 1 - 1 / 8."""
-    fits = table.fits(groups([measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
-    assert fits["seeds"].tolist() == ["seed 0", "seed 2", "mean ± sd of 2 seeds"]
-    assert fits["loss, train (nats)"].tolist() == ["0.3333", "1.000", "0.67 ± 0.47"]
-    assert fits["loss, test (nats)"].tolist() == ["0.5000", "1.167", "0.83 ± 0.47"]
-    assert fits["accuracy, test (%)"].tolist() == ["87.50", "87.50", "87.50 ± 0"]
-    assert fits["epochs"].tolist() == ["3"] * 3
+    training = table.tabulate_training(read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]))
+    assert training["seeds"].tolist() == ["seed 0", "seed 2", "mean ± sd of 2 seeds"]
+    assert training["loss, train (nats)"].tolist() == ["0.3333", "1.000", "0.67 ± 0.47"]
+    assert training["loss, test (nats)"].tolist() == ["0.5000", "1.167", "0.83 ± 0.47"]
+    assert training["accuracy, test (%)"].tolist() == ["87.50", "87.50", "87.50 ± 0"]
+    assert training["epochs"].tolist() == ["3"] * 3
 
 
-def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
-    """NC1 is 100 / 2 / 3 and 100 / 4 / 3; decoders tell 0.3 nats, from the input too, and 0.2 more of the class."""
-    (group,) = groups([measured(tmp_path / "run", LAYERS)])
-    layers = table.layers(group)
+def test_each_layer_has_a_row_after_the_last_epoch(tmp_path):
+    """NC1 is 100 / 2 / 3 and 100 / 4 / 3. Minimality is 0.3 nats, also of the input, and sufficiency 0.2 nats more."""
+    (group,) = read_groups([write_run(tmp_path / "run", LAYERS)])
+    layers = table.tabulate_layers(group)
     assert layers["layer"].tolist() == ["input", *LAYERS]
     assert layers["NC1, train"].tolist() == ["100.0", "16.67", "8.333"]
     assert layers["NC1, test"].tolist() == ["150.0", "25.00", "12.50"]
@@ -59,65 +59,72 @@ def test_a_row_for_each_layer_after_the_last_epoch(tmp_path):
     assert layers["sufficiency, test (bits)"].tolist() == ["0.7213"] * 3
 
 
-def test_how_many_decoders_were_not_found_is_said_for_the_sets_there_are(tmp_path):
-    """A third of those of the layers, in each epoch, and all three of the input in the first: 9 of 21 of each set."""
-    run = measured(tmp_path / "run", LAYERS)
-    assert table.heads(*groups([run])).startswith("Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test")
+def test_the_share_of_suboptimal_probes_is_given_for_each_measured_set(tmp_path):
+    """They are a third of those of the layers in each epoch and all three of the input in the first: 9 of 21."""
+    run = write_run(tmp_path / "run", LAYERS)
+    assert table.describe_suboptimal_probes(*read_groups([run])).startswith(
+        "Of the probes of all epochs, 42.9% (train set) and 42.9% (test"
+    )
     text = (run / "dib.csv").read_text()
     (run / "dib.csv").write_text("".join(row for row in text.splitlines(True) if ",train," not in row))
-    assert table.heads(*groups([run])).startswith("Of DIB's decoders in all epochs 42.9% (test set) ended more")
+    assert table.describe_suboptimal_probes(*read_groups([run])).startswith(
+        "Of the probes of all epochs, 42.9% (test set) are known"
+    )
     (run / "dib.csv").write_text(text.splitlines(True)[0])
-    assert table.heads(*groups([run])) == ""
+    assert table.describe_suboptimal_probes(*read_groups([run])) == ""
 
 
-def test_a_dead_layer_and_a_lost_loss_are_said(tmp_path):
-    run = measured(tmp_path / "run", LAYERS)
+def test_a_dead_layer_and_a_loss_that_is_nan_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", LAYERS)
     (run / "nc1.csv").write_text(re.sub(r"(3,train,hidden2,8),1,.*", r"\1,0,nan,nan,1", (run / "nc1.csv").read_text()))
     (run / "epochs.csv").write_text(re.sub(r"(3,test),[^,]*", r"\1,nan", (run / "epochs.csv").read_text()))
-    (group,) = groups([run])
-    assert table.layers(group)["NC1, train"].tolist() == ["100.0", "16.67", "rank 0"]
-    assert table.fits([group])["loss, test (nats)"].tolist() == ["nan"]
+    (group,) = read_groups([run])
+    assert table.tabulate_layers(group)["NC1, train"].tolist() == ["100.0", "16.67", "rank 0"]
+    assert table.tabulate_training([group])["loss, test (nats)"].tolist() == ["nan"]
 
 
-def test_a_rank_that_is_short_is_given(tmp_path):
-    """d is 8, of ten classes; the ranks of two seeds differ in hidden2, and are 9 - 1 in hidden1."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, num_classes=10) for seed in (0, 1)]
+def test_a_short_rank_is_given(tmp_path):
+    """d is 8 and there are ten classes. The ranks of two seeds differ in hidden2, and are 8 in hidden1."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, num_classes=10) for seed in (0, 1)]
     for run, rank in zip(runs, (3, 5), strict=True):
         text = (run / "nc1.csv").read_text()
-        for layer, its in (("input,12", 9), ("hidden1,8", 8), ("hidden2,8", rank)):
-            text = text.replace(f"{layer},1,", f"{layer},{its},")
+        for layer, new in (("input,12", 9), ("hidden1,8", 8), ("hidden2,8", rank)):
+            text = text.replace(f"{layer},1,", f"{layer},{new},")
         (run / "nc1.csv").write_text(text)
-    found = [table.layers(group)["NC1, train"].tolist()[1:] for group in (*groups(runs[:1]), *groups(runs))]
+    found = [
+        table.tabulate_layers(group)["NC1, train"].tolist()[1:]
+        for group in (*read_groups(runs[:1]), *read_groups(runs))
+    ]
     assert found == [["16.67", "8.333 (rank 3)"], ["25 ± 12", "12.5 ± 5.9 (rank 3 to 5)"]]
 
 
-def test_what_was_not_measured_is_a_dash_or_no_table(tmp_path, capsys):
-    run = measured(tmp_path / "run", LAYERS)
+def test_a_measure_that_was_off_is_a_dash_or_no_table(tmp_path, capsys):
+    run = write_run(tmp_path / "run", LAYERS)
 
-    def empty(name):
+    def remove_rows(name):
         path = run / f"{name}.csv"
         path.write_text(path.read_text().splitlines()[0] + "\n")
 
-    empty("dib")
-    assert table.layers(*groups([run])).iloc[:2].to_numpy().tolist() == [
+    remove_rows("dib")
+    assert table.tabulate_layers(*read_groups([run])).iloc[:2].to_numpy().tolist() == [
         ["input", "100.0", "150.0", *"––––"],
         ["hidden1", "16.67", "25.00", *"––––"],
     ]
-    empty("nc1")
-    table.write(groups([run]), run)
-    assert (run / "table.tex").read_text().count("tabular") == 2  # begin and end of one
-    empty("epochs")
+    remove_rows("nc1")
+    table.write(read_groups([run]), run)
+    assert (run / "table.tex").read_text().count("tabular") == 2  # begin and end of a single one
+    remove_rows("epochs")
     (run / "lr_range.csv").write_text("step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n")
     with pytest.raises(SystemExit):
-        table.write(groups([run]), run)
+        table.write(read_groups([run]), run)
     assert "run holds no finished epoch" in capsys.readouterr().err
 
 
 @pytest.fixture
 def written(tmp_path):
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
-    runs.append(measured(tmp_path / "other", LAYERS, nonlinearity="a|b_c&"))
-    table.write(groups(runs), tmp_path / "out")
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
+    runs.append(write_run(tmp_path / "other", LAYERS, nonlinearity="a|b_c&"))
+    table.write(read_groups(runs), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -133,7 +140,8 @@ def test_markdown(written, capsys):
         lines = block.strip().split("\n\n")[0].splitlines()
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
         assert set(lines[1]) == set("|- ")
-    note = "Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test set) ended more than 0.001 bits above "
+    note = "Of the probes of all epochs, 42.9% (train set) and 42.9% (test set) are known suboptimal: "
+    note += "a loss more than 0.001 bits lower is known to be possible."
     assert [note in block for block in blocks[1::2]] == [False, True, True]
     assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in blocks[1]
     assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in blocks[1]
@@ -143,7 +151,8 @@ def test_latex(written):
     text = (written / "table.tex").read_text()
     assert text.startswith("% needs \\usepackage{booktabs}\n")
     assert (
-        text.count("\n% Of DIB's decoders in all epochs 42.9% (train set) and 42.9% (test set) ended more than ") == 2
+        text.count("\n% Of the probes of all epochs, 42.9% (train set) and 42.9% (test set) are known suboptimal: ")
+        == 2
     )
     assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 3
     assert r"\multicolumn{3}{c}{} & \multicolumn{2}{c}{loss (nats)} & \multicolumn{2}{c}{accuracy (\%)} \\" in text
@@ -152,5 +161,5 @@ def test_latex(written):
     assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in text
     assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in text
     assert r"input & 200 $\pm$ 141 &" in text
-    negative = table.latex(pd.DataFrame({"layer": ["x-1"], "NC1, train": ["-0.5 ± 0.1"]}))
+    negative = table.format_latex(pd.DataFrame({"layer": ["x-1"], "NC1, train": ["-0.5 ± 0.1"]}))
     assert r"x-1 & $-$0.5 $\pm$ 0.1 \\" in negative

@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import runs
 from analysis import tables
-from tests.toys import measured
+from layerwise import runs, schema
+from tests.toys import write_run
 
 EPOCHS = "epoch,set,loss,accuracy,seconds\n1,train,0.7,0.5,1\n1,test,0.7,0.5,1\n2,train,0.6,0.6,1\n2,test,0.6,0.6,1\n"
-DIB = """epoch,set,split,permutation,labeling,entropy,loss,bound
+DIB = """epoch,set,split,permutation,labeling,entropy,loss,upper
 1,train,input,0,y,0.69,0.3,0.2
 1,train,input,0,0,0.69,0.2,0.2
 1,train,input,0,1,0.60,0.6,0.5
@@ -24,7 +24,7 @@ DIB = """epoch,set,split,permutation,labeling,entropy,loss,bound
 2,train,hidden1,0,1,0.60,0.6,0.4
 2,train,hidden1,1,0,0.69,0.1,0.1
 """
-SETTLE = """factor,steps,set,split,permutation,labeling,entropy,loss,bound
+CONVERGENCE = """factor,steps,set,split,permutation,labeling,entropy,loss,upper
 1,60,test,hidden1,0,y,0.69,0.4,0.3
 1,60,test,hidden1,0,0,0.69,0.6,0.6
 2,120,test,hidden1,0,y,0.69,0.2,0.2
@@ -35,23 +35,23 @@ LAYERS = ["hidden1", "hidden2"]
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = measured(tmp_path / "run", LAYERS)
+    folder = write_run(tmp_path / "run", LAYERS)
     (folder / "epochs.csv").write_text(EPOCHS)
     return folder
 
 
 def test_information_by_hand(folder):
-    """Minimality: the mean of entropy - bound over the digits; sufficiency: that of y; both in bits.
+    """Minimality is the mean of entropy - upper over the digits, sufficiency is that of y, both in bits.
 
-    What any epoch tells of a labeling bounds the input too: of y 0.1 in epoch 2, of digit 1 0.4; another set (0.1) and
-    another enumeration (0.1 of digit 0) do not.
+    The least `upper` of a labeling in any epoch is `upper` of the input: 0.1 of y (epoch 2) and 0.4 of digit 1. That of
+    another set (0.1) or another enumeration (0.1 of digit 0) is not.
     """
     (folder / "dib.csv").write_text(DIB)
-    for name in ("epochs", "nc1"):  # as far as those of DIB
+    for name in ("epochs", "nc1"):  # DIB has two epochs
         text = (folder / f"{name}.csv").read_text()
         (folder / f"{name}.csv").write_text("".join(row for row in text.splitlines(True) if not row.startswith("3,")))
-    (group,) = tables.groups([folder])
-    info = group.of("information", "train")
+    (group,) = tables.read_groups([folder])
+    info = group.select_rows("information", "train")
     assert info[["seed", "epoch", "layer"]].values.tolist() == [[0, 1, "input"], [0, 1, "hidden1"], [0, 2, "hidden1"]]
     nats = info.filter(regex="minimality|sufficiency") * log(2)
     assert nats["minimality"].tolist() == pytest.approx([(0.49 + 0.2) / 2, (0.39 + 0.1) / 2, (0.29 + 0.2 + 0.59) / 3])
@@ -60,96 +60,96 @@ def test_information_by_hand(folder):
     assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.39, 0.49, -0.21])
 
 
-def test_the_input_is_bounded_by_the_epochs_shown_and_its_own_seed(tmp_path):
-    """Seed 0 tells 0.1 nats more each epoch, up to 9; seed 2 tells a fifth more than that, up to 2."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, epochs) for seed, epochs in ((0, 9), (2, 2))]
-    info = tables.groups(runs)[0].of("information", "train")
+def test_upper_of_the_input_is_that_of_its_own_seed_up_to_the_last_common_epoch(tmp_path):
+    """Information of seed 0 grows by 0.1 nats per epoch, up to epoch 9, that of seed 2 by 0.12, up to epoch 2."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, epochs) for seed, epochs in ((0, 9), (2, 2))]
+    info = tables.read_groups(runs)[0].select_rows("information", "train")
     assert (info.loc[info["layer"] == "input", "minimality"] * log(2)).tolist() == pytest.approx([0.2, 0.24])
 
 
 def test_information_by_steps_by_hand(folder):
-    (folder / "settle.csv").write_text(SETTLE)
-    settling = tables.groups([folder])[0].tables["settling"]
-    assert settling[["seed", "steps", "set", "layer"]].values.tolist() == [
+    (folder / "convergence.csv").write_text(CONVERGENCE)
+    converged = tables.read_groups([folder])[0].tables["convergence_information"]
+    assert converged[["seed", "steps", "set", "layer"]].values.tolist() == [
         [0, 60, "test", "hidden1"],
         [0, 120, "test", "hidden1"],
     ]
-    nats = settling.filter(regex="minimality|sufficiency") * log(2)
+    nats = converged.filter(regex="minimality|sufficiency") * log(2)
     assert nats["minimality"].tolist() == pytest.approx([0.09, 0.19])
     assert nats["minimality_by_loss"].tolist() == pytest.approx([0.09, 0.09])
     assert nats["sufficiency"].tolist() == pytest.approx([0.39, 0.49])
     assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.29, 0.49])
 
 
-def test_the_share_of_heads_that_were_not_found_by_hand():
-    """0.001 bits are 0.000693 nats: two of the four heads of the training set, the test set's only one."""
+def test_share_of_suboptimal_probes_by_hand():
+    """0.001 bits are 0.000693 nats. Two of four training probes and the only test probe are above."""
     dib = pd.DataFrame(
         {
             "set": ["train", "train", "test", "train", "train"],
             "loss": [0.5, 0.5006, float("nan"), 0.5008, 3.0],
-            "bound": [0.5, 0.5, 0.5, 0.5, 0.5],
+            "upper": [0.5, 0.5, 0.5, 0.5, 0.5],
         }
     )
-    assert tables.beaten(dib).to_dict() == {"train": 0.5, "test": 1}
+    assert tables.compute_suboptimal_share(dib).to_dict() == {"train": 0.5, "test": 1}
 
 
 def test_mean_and_deviation_over_seeds_by_hand():
     nan = float("nan")
     table = pd.DataFrame({"epoch": [1, 1, 1, 2, 2, 2], "v": [1.0, 2.0, 6.0, 1.0, 100.0, nan], "seed": [0, 1, 2] * 2})
-    over = tables.over_seeds(table, ["epoch"], "v")
+    over = tables.average_over_seeds(table, ["epoch"], "v")
     assert over["mean"].tolist() == [3, 50.5]
     assert over["count"].tolist() == [3, 2]
     assert (over["high"] - over["mean"]).tolist() == pytest.approx([sqrt(7), 99 / sqrt(2)])
     assert (over["mean"] - over["low"]).tolist() == pytest.approx([sqrt(7), 99 / sqrt(2)])
-    over = tables.over_seeds(table, ["epoch"], "v", log=True)
+    over = tables.average_over_seeds(table, ["epoch"], "v", log=True)
     assert over["mean"].tolist() == pytest.approx([12 ** (1 / 3), 10])
     assert over["high"][1] == pytest.approx(10 * 10 ** sqrt(2))  # of 0 and 2, as powers of ten: 1 and sqrt(2)
     table.loc[5, "v"] = float("inf")  # counts as little as NaN
-    assert tables.over_seeds(table, ["epoch"], "v")["mean"].tolist() == [3, 50.5]
-    one = tables.over_seeds(table[table["seed"] == 0], ["epoch"], "v")
+    assert tables.average_over_seeds(table, ["epoch"], "v")["mean"].tolist() == [3, 50.5]
+    one = tables.average_over_seeds(table[table["seed"] == 0], ["epoch"], "v")
     assert one[["low", "mean", "high"]].values.tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
-    """Where and with what they ran does not matter; every other flag does."""
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", processes=seed) for seed in (3, 1)]
-    other = measured(tmp_path / "other", LAYERS, 1, widths=[3, 2], nonlinearity="Tanh")
-    cnn = measured(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
-    found = tables.groups([runs[0], other, runs[1], cnn])
+    """Device, folders and versions may differ, but no other flag."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", processes=seed) for seed in (3, 1)]
+    other = write_run(tmp_path / "other", LAYERS, 1, widths=[3, 2], nonlinearity="Tanh")
+    cnn = write_run(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
+    found = tables.read_groups([runs[0], other, runs[1], cnn])
     assert [group.folders for group in found] == [runs, [other], [cnn]]
-    assert [group.seeds("mean of ") for group in found] == ["mean of 2 seeds", "seed 1", "seed 0"]
+    assert [group.describe_seeds("mean of ") for group in found] == ["mean of 2 seeds", "seed 1", "seed 0"]
     assert found[0].tables["nc1"]["seed"].unique().tolist() == [3, 1]
     assert len(found[0].tables["information"]) == 2 * 2 * (1 + 3 * 2)
     assert found[1].label == "MLP on SZT, widths 3 2, nonlinearity Tanh"
     assert found[2].label == "MNISTNet on MNIST"
 
 
-def test_the_length_of_a_run_matters_where_its_schedule_depends_on_it(tmp_path):
+def test_the_number_of_epochs_separates_runs_only_if_the_schedule_depends_on_it(tmp_path):
     for schedule, found in (("constant", 1), ("cosine", 2)):
         runs = [
-            measured(
+            write_run(
                 tmp_path / f"{schedule}{n}", LAYERS, n, epochs=n, schedule=schedule, recipe="papyan" if n == 2 else None
             )
             for n in (2, 3)
         ]
-        assert len(tables.groups(runs)) == found
+        assert len(tables.read_groups(runs)) == found
 
 
-def test_a_rate_that_was_found_does_not_set_runs_apart(tmp_path):
-    runs = [measured(tmp_path / f"s{seed}", LAYERS, seed, tune="first", learning_rate=seed) for seed in range(2)]
-    assert len(tables.groups(runs)) == 1
+def test_a_rate_of_a_range_test_does_not_separate_runs(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, tune="first", learning_rate=seed) for seed in range(2)]
+    assert len(tables.read_groups(runs)) == 1
 
 
-def test_the_samples_of_dib_follow_from_other_flags(tmp_path):
-    """They set no runs apart by themselves, and are words where they are shown."""
-    runs = [measured(tmp_path / f"s{n}", LAYERS, n, dib_samples={"train": n, "test": 615}) for n in (3481, 615)]
-    assert [group.label for group in tables.groups(runs)] == ["MLP on SZT"]
-    assert tables.text({"train": 3481, "test": 615}) == "train 3481, test 615"
+def test_the_number_of_dib_samples_does_not_separate_runs(tmp_path):
+    """It follows from other flags. It is formatted as text."""
+    runs = [write_run(tmp_path / f"s{n}", LAYERS, n, dib_samples={"train": n, "test": 615}) for n in (3481, 615)]
+    assert [group.label for group in tables.read_groups(runs)] == ["MLP on SZT"]
+    assert tables.format_value({"train": 3481, "test": 615}) == "train 3481, test 615"
 
 
-def test_seeds_are_compared_up_to_the_last_epoch_of_all(tmp_path):
-    runs = [measured(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
-    (group,) = tables.groups(runs)
+def test_seeds_are_compared_up_to_the_last_common_epoch(tmp_path):
+    runs = [write_run(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
+    (group,) = tables.read_groups(runs)
     assert (group.label, group.last) == ("MLP on SZT, up to epoch 2", 2)
     assert {name: table["epoch"].max() for name, table in group.tables.items() if "epoch" in table} == dict.fromkeys(
         ("epochs", "nc1", "dib", "information"), 2
@@ -157,51 +157,51 @@ def test_seeds_are_compared_up_to_the_last_epoch_of_all(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [0, 1, 2])
-@pytest.mark.parametrize("cut", [1, 2, 30, 60])
-def test_an_epoch_that_lacks_rows_is_not_finished(tmp_path, torn, cut):
-    """As of a run that goes on, or was killed: the rows of an epoch are appended to one table after another.
+@pytest.mark.parametrize("missing", [1, 2, 30, 60])
+def test_an_epoch_that_lacks_rows_is_not_finished(tmp_path, torn, missing):
+    """A run in progress or a killed run may lack rows, as the rows of an epoch are appended to one table after another.
 
-    The last may be a part of a line, also one that could be a whole line.
+    The last line may be incomplete. The rest of it may look like a complete line.
     """
-    run = measured(tmp_path / "run", LAYERS)
-    names = list(runs.COLUMNS)[torn:]
+    run = write_run(tmp_path / "run", LAYERS)
+    names = list(schema.COLUMNS)[torn:]
     for name in names:
         text = (run / name).read_text()
         third = text.index("\n3,") + 1
-        (run / name).write_text(text[: max(third, len(text) - cut)] if name == names[0] else text[:third])
-    (group,) = tables.groups([run])
+        (run / name).write_text(text[: max(third, len(text) - missing)] if name == names[0] else text[:third])
+    (group,) = tables.read_groups([run])
     assert group.last == 2
     assert {group.tables[name]["epoch"].max() for name in ("epochs", "nc1", "dib", "information")} == {2}
 
 
-def test_a_flag_that_is_off_is_as_one_that_an_older_version_did_not_have(tmp_path):
-    old, new = (measured(tmp_path / f"s{seed}", LAYERS, seed, **flags) for seed, flags in enumerate([{}, OFF]))
-    assert [group.label for group in tables.groups([old, new])] == ["MLP on SZT"]
-    on = measured(tmp_path / "on", LAYERS, deterministic=True)
-    assert [group.label for group in tables.groups([old, on])] == ["MLP on SZT", "MLP on SZT, deterministic True"]
+def test_a_flag_that_is_off_equals_a_flag_that_an_older_version_lacks(tmp_path):
+    old, new = (write_run(tmp_path / f"s{seed}", LAYERS, seed, **flags) for seed, flags in enumerate([{}, OFF]))
+    assert [group.label for group in tables.read_groups([old, new])] == ["MLP on SZT"]
+    on = write_run(tmp_path / "on", LAYERS, deterministic=True)
+    assert [group.label for group in tables.read_groups([old, on])] == ["MLP on SZT", "MLP on SZT, deterministic True"]
 
 
 OFF = {"deterministic": False, "tune": None}
 
 
-def test_a_row_that_is_there_twice_is_named(folder):
+def test_a_repeated_row_is_refused(folder):
     path = folder / "nc1.csv"
     path.write_text(path.read_text() + "2,test,hidden1,8,1,5.0,1,0\n")
-    with pytest.raises(ValueError, match=r"nc1.csv, line 16: epoch 2, set test, layer hidden1 is there twice"):
-        tables.groups([folder])
+    with pytest.raises(ValueError, match=r"nc1.csv, line 16: epoch 2, set test, layer hidden1 appears twice"):
+        tables.read_groups([folder])
 
 
-def test_many_flags_that_differ_are_named_by_the_folder(tmp_path):
-    runs = [measured(tmp_path / name, LAYERS, splits=[name] * 40) for name in ("a", "b")]
-    assert [group.label for group in tables.groups(runs)] == [f"MLP on SZT: {run}" for run in runs]
+def test_runs_with_many_different_flags_are_labeled_with_the_folder(tmp_path):
+    runs = [write_run(tmp_path / name, LAYERS, splits=[name] * 40) for name in ("a", "b")]
+    assert [group.label for group in tables.read_groups(runs)] == [f"MLP on SZT: {run}" for run in runs]
 
 
-def test_layers_in_order_of_depth_also_those_of_dib_alone(tmp_path):
-    run = measured(tmp_path / "run", ["block3", "block6", "pool"], factors=(1,))
-    for name, split in (("dib", "block7"), ("settle", "block8")):
+def test_layers_are_in_order_of_depth_with_those_where_only_dib_is_measured(tmp_path):
+    run = write_run(tmp_path / "run", ["block3", "block6", "pool"], factors=(1,))
+    for name, split in (("dib", "block7"), ("convergence", "block8")):
         text = (run / f"{name}.csv").read_text()
         (run / f"{name}.csv").write_text(text.replace("block3", "stem").replace("pool", split))
-    assert tables.groups([run])[0].layers == ["stem", "block3", "block6", "block7", "block8", "pool"]
+    assert tables.read_groups([run])[0].layers == ["stem", "block3", "block6", "block7", "block8", "pool"]
 
 
 @pytest.mark.parametrize(
@@ -214,74 +214,74 @@ def test_layers_in_order_of_depth_also_those_of_dib_alone(tmp_path):
         ([], 4, []),
     ],
 )
-def test_epochs_are_spaced_evenly_on_a_log_scale(epochs, count, expected):
-    assert tables.spaced(list(epochs), count) == expected
+def test_epochs_are_chosen_evenly_on_a_log_scale(epochs, count, expected):
+    assert tables.choose_log_spaced(list(epochs), count) == expected
 
 
-def test_epochs_to_show_are_those_asked_for(tmp_path):
-    runs = [measured(tmp_path / f"e{epochs}", LAYERS, epochs=epochs, batch_size=epochs) for epochs in (2, 5)]
-    assert [group.shown("nc1") for group in tables.groups(runs, [1, 2])] == [[1, 2], [1, 2]]
+def test_requested_epochs_are_chosen(tmp_path):
+    runs = [write_run(tmp_path / f"e{epochs}", LAYERS, epochs=epochs, batch_size=epochs) for epochs in (2, 5)]
+    assert [group.choose_epochs("nc1") for group in tables.read_groups(runs, [1, 2])] == [[1, 2], [1, 2]]
     for epoch in (0, 3):
         message = f"epoch {epoch} cannot be shown: MLP on SZT, batch_size 2 was measured in epochs 1, 2"
         with pytest.raises(ValueError, match=message):
-            tables.groups(runs, [1, epoch])
+            tables.read_groups(runs, [1, epoch])
 
 
 def test_two_runs_with_the_same_flags_and_seed_are_refused(tmp_path):
-    runs = [measured(tmp_path / name, LAYERS) for name in ("a", "b")]
+    runs = [write_run(tmp_path / name, LAYERS) for name in ("a", "b")]
     with pytest.raises(ValueError, match=r"a and .*b have the same flags and seed: expected runs that differ"):
-        tables.groups(runs)
+        tables.read_groups(runs)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"model": "MLP", "data": "SZT"}', None])
-def test_hparams_that_are_not_of_a_run_are_named(folder, content):
+def test_hparams_that_are_not_of_a_run_are_refused(folder, content):
     path = folder / "hparams.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} does not hold the flags of a run: "):
-        tables.groups([folder])
+        tables.read_groups([folder])
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"), [(["a"], "a"), (["a", "b"], "."), (["a", "b", "--out", "c/d"], "c/d"), ([], "runs/n")]
 )
-def test_where_a_script_writes_to(tmp_path, monkeypatch, arguments, expected):
-    """Into the run, or into the folder that several runs have in common."""
+def test_a_script_writes_to_the_folder_of_the_run(tmp_path, monkeypatch, arguments, expected):
+    """For several runs it writes to the folder that contains all of them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for seed, name in enumerate(("a", "b", "runs/n")):
-        measured(Path(name), LAYERS, seed)
+        write_run(Path(name), LAYERS, seed)
     folders = []
-    tables.script("A test.", lambda groups, folder: folders.append(folder), arguments)
+    tables.run_script("A test.", lambda groups, folder: folders.append(folder), arguments)
     assert [folder.resolve() for folder in folders] == [(tmp_path / expected).resolve()]
 
 
-def test_a_script_says_in_one_line_what_it_cannot_use(tmp_path, capsys):
+def test_a_script_prints_an_error_in_one_line(tmp_path, capsys):
     def write(groups, folder):
         folder.mkdir()
 
-    run = measured(tmp_path / "run", LAYERS)
+    run = write_run(tmp_path / "run", LAYERS)
     for arguments, reason in (
         ([str(tmp_path)], "hparams.json does not hold the flags of a run: No such file or directory"),
-        ([str(run)], f"File exists: '{run}'"),  # what cannot be written
+        ([str(run)], f"File exists: '{run}'"),  # write fails
         ([str(run), "--epochs", "4"], "epoch 4 cannot be shown: MLP on SZT was measured in epochs 1, 2, 3"),
     ):
         with pytest.raises(SystemExit) as stop:
-            tables.script("A test.", write, arguments)
+            tables.run_script("A test.", write, arguments)
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith(reason)
 
 
-def test_newest_run(tmp_path):
+def test_find_the_newest_run(tmp_path):
     with pytest.raises(ValueError, match="no run in"):
-        tables.newest(tmp_path)
+        runs.find_newest_run(tmp_path)
     for name, age in (("b", 5), ("a", 50)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "hparams.json").write_text("{}")
         os.utime(tmp_path / name / "hparams.json", (1000 - age, 1000 - age))
-    assert tables.newest(tmp_path) == tmp_path / "b"
+    assert runs.find_newest_run(tmp_path) == tmp_path / "b"
 
 
 @pytest.mark.parametrize(
@@ -306,40 +306,43 @@ def test_newest_run(tmp_path):
         (b"\x89PNG\xff\xfe", "epochs.csv is not a CSV of a run: 'utf-8' codec"),
     ],
 )
-def test_names_the_file_and_line_it_cannot_use(folder, content, message):
+def test_a_bad_table_is_refused_with_its_file_and_line(folder, content, message):
     path = folder / "epochs.csv"
     path.unlink()
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(message)):
-        tables.groups([folder])
+        tables.read_groups([folder])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (SETTLE.splitlines()[0] + "\n", "line 2: there is none, expected a head"),
-        (SETTLE.replace("factor,", "times,"), "line 1, lacks the column 'factor': expected factor,steps,set,split,"),
-        (SETTLE.replace("\n1,60", "\n1,0", 1), "line 2: steps is '0', expected a whole number from 1"),
-        (SETTLE.replace("\n2,", "\n1.5,", 1), "line 4: factor is '1.5', expected a whole number from 1"),
-        (SETTLE.replace("0.6,0.5", "0.6,?"), "line 5: bound is '?', expected a number"),
+        (CONVERGENCE.splitlines()[0] + "\n", "line 2, is missing: expected a probe"),
         (
-            SETTLE + "2,120,test,hidden1,0,0,0.69,0.6,0.5\n",
+            CONVERGENCE.replace("factor,", "times,"),
+            "line 1, lacks the column 'factor': expected factor,steps,set,split,",
+        ),
+        (CONVERGENCE.replace("\n1,60", "\n1,0", 1), "line 2: steps is '0', expected a whole number from 1"),
+        (CONVERGENCE.replace("\n2,", "\n1.5,", 1), "line 4: factor is '1.5', expected a whole number from 1"),
+        (CONVERGENCE.replace("0.6,0.5", "0.6,?"), "line 5: upper is '?', expected a number"),
+        (
+            CONVERGENCE + "2,120,test,hidden1,0,0,0.69,0.6,0.5\n",
             "line 6: factor 2, set test, split hidden1, permutation 0, ",
         ),
     ],
 )
-def test_names_what_it_cannot_use_of_a_table_that_a_run_need_not_have(folder, content, message):
-    (folder / "settle.csv").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(f"settle.csv, {message}")) as refused:
-        tables.groups([folder])
+def test_a_bad_optional_table_is_refused_with_its_line(folder, content, message):
+    (folder / "convergence.csv").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"convergence.csv, {message}")) as refused:
+        tables.read_groups([folder])
     assert "\n" not in str(refused.value)
 
 
-def test_a_script_without_depth_takes_no_epochs(tmp_path, capsys):
-    run = str(measured(tmp_path / "run", ["hidden1"]))
+def test_a_script_that_does_not_compare_by_depth_has_no_option_epochs(tmp_path, capsys):
+    run = str(write_run(tmp_path / "run", ["hidden1"]))
     with pytest.raises(SystemExit) as end:
-        tables.script("A test.", lambda groups, folder: None, [run, "--epochs", "1"], by_depth=False)
+        tables.run_script("A test.", lambda groups, folder: None, [run, "--epochs", "1"], by_depth=False)
     assert end.value.code == 2
     assert "unrecognized arguments: --epochs" in capsys.readouterr().err
-    tables.script("A test.", lambda groups, folder: None, [run], by_depth=False)
+    tables.run_script("A test.", lambda groups, folder: None, [run], by_depth=False)

@@ -1,3 +1,5 @@
+"""A run of train.py: its tables, its files, its messages, and the flags that it refuses."""
+
 import json
 import shutil
 import subprocess
@@ -11,44 +13,30 @@ import torchvision
 
 import data
 import dib
-import heads
 import models
 import nc1
-import runs
 import train
-from flags import PRECISIONS
+from layerwise import schema
 from relabel import relabel
-from tests.toys import check_run
-
-ROOT = Path(train.__file__).parent
-NO_MLP = ["--epochs", "2", "--dib-epochs", "2", "--device", "cpu"]
-SMALL = [*NO_MLP, "--widths", "4", "3"]
+from tests.toys import NO_MLP, ROOT, SMALL, check_run, refusal
+from training.configuration import PRECISIONS
 
 
-def run(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
+def train_and_read(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
+    """Make a small run with these flags, and return its tables."""
     train.main([*(SMALL if "-m" not in flags or "MLP" in flags else NO_MLP), "--run-dir", str(folder), *flags])
-    return {name: pd.read_csv(folder / name) for name in runs.COLUMNS}
+    return {name: pd.read_csv(folder / name) for name in schema.COLUMNS}
 
 
-def refusal(capsys, *flags: str) -> str:
-    """The one line with which train.py exits, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train.main(list(flags))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    return error
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in the checkpoint."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
-    tables = run(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
-    assert [",".join(t.columns) for t in tables.values()] == list(runs.COLUMNS.values())
-    collapse, decoders, epochs = tables.values()
+def test_a_run_has_all_rows_and_files_that_are_documented(tmp_path, capsys):
+    tables = train_and_read(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
+    assert [",".join(t.columns) for t in tables.values()] == list(schema.COLUMNS.values())
+    collapse, probes, epochs = tables.values()
     assert epochs[["epoch", "set"]].values.tolist() == [[e, s] for e in (0, 1, 2) for s in ("train", "test")]
     assert (epochs["loss"] > 0).all()
     assert epochs["accuracy"].between(0, 1).all()
@@ -58,22 +46,22 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
         for e in (0, 1, 2)
         for s in ("train", "test")
         for layer, dim in (("input", 12), ("hidden1", 4), ("hidden2", 3))
-        if e == 0 or layer != "input"  # measured once, as it does not change
+        if e == 0 or layer != "input"  # it does not change, and is measured once
     ]
-    assert (collapse["kept"] == 1).all()  # of one direction
+    assert (collapse["kept"] == 1).all()  # two classes have one direction
     assert (collapse["dropped"] == 0).all()
 
     dataset = data.load("SZT")
-    D = {s: relabel(split.labels, 2).shape[1] for s, split in (("train", dataset.train), ("test", dataset.test))}
+    D = {s: relabel(samples.labels, 2).shape[1] for s, samples in (("train", dataset.train), ("test", dataset.test))}
     expected = [
-        [e, s, cut, p, labeling]
+        [e, s, split, p, labeling]
         for e in (0, 1, 2)
         for s in ("train", "test")
-        for cut in ("input", "hidden1", "hidden2")
-        if e == 0 or cut != "input"  # measured once: no encoder, nothing to change
+        for split in ("input", "hidden1", "hidden2")
+        if e == 0 or split != "input"  # without an encoder nothing changes: it is measured once
         for p, labeling in [(0, "y")] + [(p, str(k)) for p in (0, 1) for k in range(D[s])]
     ]
-    assert decoders[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
+    assert probes[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
 
     hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
     assert hparams["widths"] == [4, 3]
@@ -90,143 +78,148 @@ def test_a_run_holds_what_the_contract_says(tmp_path, capsys):
     assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{e}/2"] for e in (0, 1, 2)]
 
 
-def test_the_figures_are_those_of_the_weights_at_the_end_of_the_epoch(tmp_path):
-    tables = run(tmp_path / "run", "--no-dib")
+def test_values_of_an_epoch_are_those_of_the_weights_at_its_end(tmp_path):
+    tables = train_and_read(tmp_path / "run", "--no-dib")
     dataset = data.load("SZT")
     model = models.build("MLP", (12,), 2, widths=(4, 3)).eval()
-    model.load_state_dict(weights(tmp_path / "run"))
+    model.load_state_dict(load_weights(tmp_path / "run"))
     tables = {name: table.query("epoch == 2").set_index("set") for name, table in tables.items()}
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
-        x, y = split.batch(torch.arange(len(split)))
+    for name, samples in (("train", dataset.train), ("test", dataset.test)):
+        x, y = samples.batch(torch.arange(len(samples)))
         logits = model(x)
         row = tables["epochs.csv"].loc[name]
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
         assert row["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
         values = tables["nc1.csv"].loc[name, "nc1"].tolist()
-        assert values == pytest.approx([v.nc1 for v in nc1.measure(model, models.taps(model), split, 2).values()])
+        assert values == pytest.approx([v.nc1 for v in nc1.measure(model, models.layers(model), samples, 2).values()])
 
 
 def test_nc1_of_the_input_is_measured_once(tmp_path):
-    table = run(tmp_path / "run", "--no-dib")["nc1.csv"]
+    table = train_and_read(tmp_path / "run", "--no-dib")["nc1.csv"]
     assert table["layer"].tolist().count("input") == 2  # for each set in the first epoch
     dataset = data.load("SZT")
-    for split, row in zip((dataset.train, dataset.test), table.query("layer == 'input'").to_numpy(), strict=True):
-        expected = nc1.collapse(*split.batch(torch.arange(len(split))), 2)
+    for samples, row in zip((dataset.train, dataset.test), table.query("layer == 'input'").to_numpy(), strict=True):
+        expected = nc1.collapse(*samples.batch(torch.arange(len(samples))), 2)
         assert row[3:].tolist() == pytest.approx(list(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [None, 100])
 @pytest.mark.parametrize("kind", ["tuned", "thesis"])
-def test_heads_are_those_that_the_flags_ask_for(tmp_path, monkeypatch, kind, size):
-    """Tuned heads take the steps of the training set on both, thesis heads the network's batches and epochs of each."""
+def test_probes_are_trained_as_the_flags_say(tmp_path, monkeypatch, kind, size):
+    """Tuned probes take the steps of the training set on both sets.
+
+    Thesis probes take the batches of the network, and so many epochs of each set.
+    """
     seen = []
 
-    def watch(model, splits, samples, C, fresh, recipe, batch_size, **rest):
-        seen.append((len(samples), batch_size, recipe))
+    def watch(model, splits, samples, C, make_model, *, probes, batch_size, **rest):
+        seen.append((len(samples), batch_size, probes))
         assert size is None or torch.bincount(samples.labels).tolist() == [50, 50]
-        return {k: [dib.Head(0, "y", 1.0, 1.0, 0.5), dib.Head(0, 0, 1.0, 0.5, 0.5)] for k in splits}
+        return {k: [dib.ProbeResult(0, "y", 1.0, 1.0, 0.5), dib.ProbeResult(0, 0, 1.0, 0.5, 0.5)] for k in splits}
 
     monkeypatch.setattr(dib, "measure_splits", watch)
-    flags = ["--epochs", "1", "--heads", kind, "-b", "60", "-opt", "SGD", "-lr", "0.5", "--dib-epochs", "3"]
+    flags = ["--epochs", "1", "--probes", kind, "-b", "60", "-opt", "SGD", "-lr", "0.5", "--dib-epochs", "3"]
     flags += ["--dib-size", str(size)] if size else []
-    run(tmp_path / "run", "-d", "SZT", *flags, *(["--dib-lr", "0.3"] if kind == "tuned" else []))
+    train_and_read(tmp_path / "run", "-d", "SZT", *flags, *(["--dib-lr", "0.3"] if kind == "tuned" else []))
     sizes = [size, size] if size else [3481, 615]
     assert [N for N, *_ in seen] == 2 * sizes  # in epochs 0 and 1
-    for _, batch_size, recipe in seen:
+    for _, batch_size, probes in seen:
         if kind == "tuned":
-            assert (batch_size, recipe) == (400, heads.Tuned(3 * 20, 0.3))  # 9 batches, or 1, and 20 are the least
+            assert (batch_size, probes) == (400, dib.Tuned(3 * 20, 0.3))  # at least 20 batches an epoch
         else:
-            assert (batch_size, recipe.epochs) == (60, 3)
-            made = recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            assert (batch_size, probes.epochs) == (60, 3)
+            made = probes.optimizer([torch.nn.Parameter(torch.zeros(1))])
             assert (type(made), made.defaults["lr"]) == (torch.optim.SGD, 0.5)
     hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
     assert hparams["dib_samples"] == {"train": sizes[0], "test": sizes[1]}
-    assert (hparams["heads"], hparams["dib_lr"]) == (kind, 0.3 if kind == "tuned" else None)
+    assert (hparams["probes"], hparams["dib_lr"]) == (kind, 0.3 if kind == "tuned" else None)
 
 
-def test_a_run_may_measure_the_split_without_encoder_alone(tmp_path):
-    """Which does not change: from the second epoch on there is nothing to measure."""
-    assert set(run(tmp_path / "run", "--splits", "input")["dib.csv"]["epoch"]) == {0}
+def test_a_run_may_measure_no_split_but_the_input(tmp_path):
+    """The input does not change: after epoch 0 nothing is left to measure."""
+    assert set(train_and_read(tmp_path / "run", "--splits", "input")["dib.csv"]["epoch"]) == {0}
 
 
-def test_the_line_of_an_epoch_says_which_share_of_heads_is_beaten(tmp_path, monkeypatch, capsys):
-    one = {"train": 0.5 + 1.1 * dib.BEATEN, "test": 0.5 + 0.9 * dib.BEATEN}
-    found = [(name, "hidden1", dib.Head(0, 0, 1.0, loss, 0.5)) for name in one for loss in (0.5, 0.5, one[name])]
-    monkeypatch.setattr(train, "measure_dib", lambda *_: found)
-    run(tmp_path / "run", "--epochs", "1")
-    assert "  heads beaten train 33.3%, test 0.0%  " in capsys.readouterr().out
+def test_the_line_of_an_epoch_has_the_share_of_probes_known_suboptimal(tmp_path, monkeypatch, capsys):
+    one = {"train": 0.5 + 1.1 * schema.SUBOPTIMAL, "test": 0.5 + 0.9 * schema.SUBOPTIMAL}
+    results = [dib.ProbeResult(0, 0, 1.0, loss, 0.5) for loss in (0.5, 0.5)]
+    rows = [(name, "hidden1", result) for name in one for result in (*results, results[0]._replace(loss=one[name]))]
+    monkeypatch.setattr(train, "measure_dib", lambda *_: rows)
+    train_and_read(tmp_path / "run", "--epochs", "1")
+    assert "  probes known suboptimal train 33.3%, test 0.0%  " in capsys.readouterr().out
 
 
-LOWER_IS_SLOW = [(p, m) for p in ("float16", "bfloat16") for m in ("CIFARNet", "ResNet")]  # on a CPU
+SLOW_IN_LOWER_PRECISION = [(p, m) for p in ("float16", "bfloat16") for m in ("CIFARNet", "ResNet")]  # on a CPU
 
 
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
-        pytest.param(m, p, marks=[pytest.mark.slow] * (m == "ConvNeXt" or (p, m) in LOWER_IS_SLOW))
+        pytest.param(m, p, marks=[pytest.mark.slow] * (m == "ConvNeXt" or (p, m) in SLOW_IN_LOWER_PRECISION))
         for m in models.ARCHITECTURES
         for p in PRECISIONS
     ],
 )
-def test_every_model_in_every_precision(tmp_path, pictures, monkeypatch, model, precision):
+def test_every_model_runs_in_every_precision(tmp_path, pictures, monkeypatch, model, precision):
     check_run(monkeypatch, tmp_path / "run", model, "cpu", precision, "--epochs", "1", "--no-compile")
 
 
 @pytest.mark.parametrize(
     "model", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("ResNet", "ConvNeXt"))) for m in models.ARCHITECTURES]
 )
-def test_two_epochs_on_grey_images(tmp_path, pictures, model):
-    tables = run(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
-    assert tables["nc1.csv"]["layer"].nunique() == 1 + len(models.taps(models.build(model, (1, 28, 28), 10))) - 3 * (
-        model == "MLP"
-    )
+def test_every_model_runs_on_grey_images(tmp_path, pictures, model):
+    tables = train_and_read(tmp_path / "run", "-m", model, "-d", "MNIST", "--no-dib", "--train-size", "20")
+    layers = len(models.layers(models.build(model, (1, 28, 28), 10))) - 3 * (model == "MLP")  # SMALL has 2, not 5
+    assert tables["nc1.csv"]["layer"].nunique() == 1 + layers
 
 
-def test_measuring_does_not_disturb_training_and_a_run_repeats(tmp_path):
-    everything = run(tmp_path / "a", "--epochs", "3")
-    run(tmp_path / "b", "--epochs", "3")
-    run(tmp_path / "c", "--no-nc1", "--no-dib", "--epochs", "3")
-    other = run(tmp_path / "d", "--no-nc1", "--seed", "1", "--epochs", "3")
-    assert all(torch.equal(v, weights(tmp_path / "c")[k]) for k, v in weights(tmp_path / "a").items())
-    assert not torch.equal(weights(tmp_path / "a")["hidden1.0.weight"], weights(tmp_path / "d")["hidden1.0.weight"])
+def test_measuring_does_not_change_training_and_a_run_repeats(tmp_path):
+    everything = train_and_read(tmp_path / "a", "--epochs", "3")
+    train_and_read(tmp_path / "b", "--epochs", "3")
+    train_and_read(tmp_path / "c", "--no-nc1", "--no-dib", "--epochs", "3")
+    other = train_and_read(tmp_path / "d", "--no-nc1", "--seed", "1", "--epochs", "3")
+    a, c, d = (load_weights(tmp_path / name) for name in "acd")
+    assert all(torch.equal(v, c[k]) for k, v in a.items())
+    assert not torch.equal(a["hidden1.0.weight"], d["hidden1.0.weight"])
     for name in ("nc1.csv", "dib.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert other["nc1.csv"].empty
     first = [table.query("split == 'input'")["loss"] for table in (other["dib.csv"], everything["dib.csv"])]
-    assert not first[0].equals(first[1])  # no encoder there: DIB's own draws differ
+    assert not first[0].equals(first[1])  # there is no encoder: only the random numbers of DIB differ
 
 
-def test_dib_is_the_same_whatever_else_is_measured(tmp_path):
-    everything = run(tmp_path / "a")["dib.csv"]
-    run(tmp_path / "without", "--no-nc1")
+def test_dib_does_not_depend_on_what_else_is_measured(tmp_path):
+    everything = train_and_read(tmp_path / "a")["dib.csv"]
+    train_and_read(tmp_path / "without", "--no-nc1")
     assert (tmp_path / "a" / "dib.csv").read_bytes() == (tmp_path / "without" / "dib.csv").read_bytes()
-    part = run(tmp_path / "b", "--no-nc1", "--sets", "test", "--splits", "hidden2", "--labelings", "2")["dib.csv"]
+    flags = ["--no-nc1", "--sets", "test", "--splits", "hidden2", "--labelings", "2"]
+    part = train_and_read(tmp_path / "b", *flags)["dib.csv"]
     expected = everything.query("set == 'test' and split == 'hidden2'")
     got = part.query("permutation == 0")
-    # heads of other enumerations are trained beside these, which may round differently
+    # probes of another enumeration are trained together with these, which may change rounding
     pd.testing.assert_series_equal(got["loss"], expected["loss"], check_index=False, rtol=1e-5)
     assert set(part["permutation"]) == {0, 1}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_training_gives_the_same_figures(tmp_path):
-    flags = ["--no-dib", "--batch-size", "3481"]  # the whole set: one shape to compile for
+def test_compiled_training_gives_the_same_values(tmp_path):
+    flags = ["--no-dib", "--batch-size", "3481"]  # the whole set: one shape to compile
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain = run(tmp_path / "a", *flags)
+    uncompiled = train_and_read(tmp_path / "a", *flags)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled = run(tmp_path / "b", *flags, "--compile")
+    compiled = train_and_read(tmp_path / "b", *flags, "--compile")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for name in ("epochs.csv", "nc1.csv"):
         column = "loss" if name == "epochs.csv" else "nc1"
-        pd.testing.assert_series_equal(plain[name][column], compiled[name][column], rtol=1e-4)
+        pd.testing.assert_series_equal(uncompiled[name][column], compiled[name][column], rtol=1e-4)
 
 
-def test_never_overwrites_a_run(tmp_path, capsys):
-    run(tmp_path / "run", "--no-dib", "--epochs", "1")
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    train_and_read(tmp_path / "run", "--no-dib", "--epochs", "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     error = refusal(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--epochs", "1")
-    assert "already holds a run: go on with --resume, or name another folder with --run-dir" in error
+    assert "already holds a run: continue it with --resume, or name another with --run-dir" in error
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -251,69 +244,70 @@ def test_never_overwrites_a_run(tmp_path, capsys):
         (["--dib-epochs", "0"], "--dib-epochs: expected a number of at least 1, got 0"),
         (["--labelings", "0"], "--labelings: expected a number of at least 1, got 0"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--device", "gpu"], "--device gpu is not to be had here: expected one of cpu"),
+        (["--device", "gpu"], "--device gpu does not exist here: expected one of cpu"),
         (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),
         (["--train-size", "7"], "the training size of SZT must be a multiple of 2 up to 3362, got 7"),
         (["--train-size", "4000"], "the training size of SZT must be a multiple of 2 up to 3362, got 4000"),
         (["--dib-size", "7"], "--dib-size of the SZT train set must be a multiple of 2 up to 3362, got 7"),
         (["--dib-size", "600"], "--dib-size of the SZT test set must be a multiple of 2 up to 594, got 600"),
-        (["--heads", "longer"], "invalid choice: 'longer'"),
-        (["--heads", "thesis", "--dib-lr", "0.1"], "--dib-lr 0.1 is for tuned heads, and --heads is thesis"),
+        (["--probes", "longer"], "invalid choice: 'longer'"),
+        (["--probes", "thesis", "--dib-lr", "0.1"], "--dib-lr 0.1 is for tuned probes, and --probes is thesis"),
         (["--dib-lr", "0"], "--dib-lr: expected a number above 0, got 0"),
         (["--model", "ResNet"], "--widths and --nonlinearity are for MLP, and the model is ResNet"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--run-dir", "/proc/nowhere"], "No such file or directory: '/proc/nowhere'"),
     ],
 )
-def test_refuses_on_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, flags, message):
+def test_bad_flags_are_refused_on_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     assert message in refusal(capsys, *SMALL, *flags)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", [name for name in models.ARCHITECTURES if name != "MLP"])
-def test_refuses_szt_with_a_convolution(tmp_path, capsys, model):
+def test_a_network_with_convolutions_is_refused_for_szt(tmp_path, capsys, model):
     error = refusal(capsys, "--model", model, "--run-dir", str(tmp_path / "run"))
     assert f"{model} convolves images, channels x height x width, and these inputs are 12: use MLP" in error
     assert not list(tmp_path.iterdir())
 
 
 def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
-    epochs, summary = [], train.summary
+    epochs, summarise = [], train.summarise
 
     def look(*parts) -> str:
-        tables = [pd.read_csv(tmp_path / "run" / name) for name in runs.COLUMNS]
+        tables = [pd.read_csv(tmp_path / "run" / name) for name in schema.COLUMNS]
         epochs.append([table["epoch"].max() for table in tables])
-        return summary(*parts)
+        return summarise(*parts)
 
-    monkeypatch.setattr(train, "summary", look)
-    run(tmp_path / "run", "--splits", "hidden2")
+    monkeypatch.setattr(train, "summarise", look)
+    train_and_read(tmp_path / "run", "--splits", "hidden2")
     assert epochs == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_refuses_cuda_where_there_is_none(tmp_path, capsys):
+def test_cuda_is_refused_if_there_is_none(tmp_path, capsys):
     error = refusal(capsys, "--device", "cuda", "--run-dir", str(tmp_path / "run"))
-    assert "--device cuda is not to be had here: expected one of cpu" in error
+    assert "--device cuda" in error
 
 
-def test_refuses_batches_of_one_with_batchnorm(tmp_path, pictures, capsys):
+def test_batches_of_one_sample_are_refused_with_batchnorm(tmp_path, pictures, capsys):
     error = refusal(capsys, *NO_MLP, "-m", "ResNet", "-d", "CIFAR10", "-b", "1", "--run-dir", str(tmp_path / "run"))
     assert "--batch-size 1 gives each of 1 processes batches of 1, and this model needs at least 2 samples" in error
-    run(tmp_path / "run", "-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib")  # 40 is 3 x 13 + 1
+    flags = ["-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib"]  # 40 is 3 x 13 + 1
+    train_and_read(tmp_path / "run", *flags)
 
 
-def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
+def test_compile_is_refused_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     error = refusal(capsys, *SMALL, "--compile", "--run-dir", str(tmp_path / "run"))
-    assert "--compile needs a C++ compiler ($CXX or g++), which cannot be found here" in error
+    assert "--compile needs a C++ compiler ($CXX or g++), which is not found here" in error
 
 
-def test_from_a_shell_with_every_short_flag(tmp_path):
+def test_every_short_flag_works_from_a_shell(tmp_path):
     flags = "-m MLP -d SZT -w 4 3 -nl Tanh -b 500 -lr 0.01 -opt SGD --no-compile --epochs 1 --dib-epochs 1 --device cpu"
     command = f"{sys.executable} {ROOT}/train.py {flags}"
     done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stderr == ""  # no bar where the output is no terminal
+    assert done.stderr == ""  # there is a progress bar on a terminal only
     assert done.stdout.splitlines()[-1].startswith("done: the run is in runs/MLP-SZT-seed0")
     hparams = json.loads((tmp_path / "runs/MLP-SZT-seed0/hparams.json").read_text())
     assert (hparams["optimizer"], hparams["batch_size"], hparams["learning_rate"]) == ("SGD", 500, 0.01)

@@ -1,10 +1,13 @@
-"""What several tests need: small data with the interface of data.Split, and a check of a whole run.
+"""What several tests need: small data, flags of short runs, and checks of a run's folder.
 
-It imports nothing but torch and pytest beside the project, as test_cuda.py runs where nothing else may be."""
+It imports nothing but torch and pytest beside the project: test_cuda.py runs where nothing else is installed.
+"""
 
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,28 +15,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 import data
 import models
 import nc1
-import runs
 import train
-from flags import PRECISIONS
+from layerwise.samples import Samples
+from layerwise.schema import COLUMNS, CONVERGENCE
+from tools.evidence import QUICK, make_clusters, read_results
+from training.configuration import PRECISIONS
+
+ROOT = Path(train.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 
-class Toy:
-    def __init__(self, x: torch.Tensor, labels: torch.Tensor):
-        self.x, self.labels = x, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x[indices], self.labels[indices]
-
-
-def random_images(*shape: int) -> Callable[[str, bool], tuple]:
-    """A source of 40 + 20 images of ten classes, each of a brightness of its own."""
+def make_image_source(*shape: int) -> Callable[[str, bool], tuple]:
+    """Return a source of 40 + 20 images of ten classes, each class with a brightness of its own."""
 
     def load(root: str, download: bool) -> tuple:
         g = torch.Generator().manual_seed(0)
@@ -44,20 +43,14 @@ def random_images(*shape: int) -> Callable[[str, bool], tuple]:
     return load
 
 
-def clusters(N: int, d: int, C: int, spread: float = 1.0, seed: int = 0) -> Toy:
-    """Gaussian classes of different sizes around means of unit scale, every class present."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.cat([torch.arange(C), torch.rand(N - C, generator=g).square().mul(C).long()])
-    x = torch.randn(C, d, generator=g)[y] + spread * torch.randn(N, d, generator=g)
-    return Toy(x, y)
-
-
 LAST = {"MLP": "hidden2", "MNISTNet": "hidden1", "CIFARNet": "group3", "ResNet": "block8", "ConvNeXt": "block18"}
 
 
 def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str, *flags: str) -> None:
-    """A run of every part on the fixture pictures: its figures are those of the weights it saved, its training steps
-    had the precision that was asked for."""
+    """Run every part on the images of the fixture `pictures`.
+
+    The tables hold the values of the weights in the checkpoint, and training steps have the given precision.
+    """
     dtypes = set()
 
     def cross_entropy(logits: torch.Tensor, *rest, **options) -> torch.Tensor:
@@ -80,33 +73,33 @@ def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str
     assert x.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         loss = F.cross_entropy(network(x), y).item()
-    expected = nc1.measure(network, models.taps(network), dataset.test, 10)
+    expected = nc1.measure(network, models.layers(network), dataset.test, 10)
 
     tables = {}
-    for name in runs.COLUMNS:
+    for name in COLUMNS:
         with (folder / name).open() as file:
             rows = list(csv.DictReader(file))
         tables[name] = [row for row in rows if row["set"] == "test" and row["epoch"] == rows[-1]["epoch"]]
     assert float(tables["epochs.csv"][0]["loss"]) == pytest.approx(loss, rel=1e-3)
     values = {row["layer"]: float(row["nc1"]) for row in tables["nc1.csv"] if row["layer"] != "input"}
-    assert values == pytest.approx({tap: its.nc1 for tap, its in expected.items()}, rel=1e-2, nan_ok=True)
+    assert values == pytest.approx({layer: value.nc1 for layer, value in expected.items()}, rel=1e-2, nan_ok=True)
     assert {row["split"] for row in tables["dib.csv"]} == {LAST[model]}
     assert all(math.isfinite(float(row["loss"])) for row in tables["dib.csv"])
 
 
-def measured(
+def write_run(
     folder: Path, layers: list[str], seed: int = 0, epochs: int = 3, factors: tuple[int, ...] = (), **flags: object
 ) -> Path:
-    """A run's CSVs without a run: NC1 halves from layer to layer, and what decoders tell grows over the epochs.
+    """Write the tables of a run that never ran. NC1 halves from layer to layer, and information grows over the epochs.
 
-    NC1 of the input is 100. The heads of labeling 1 did not find it all, by 0.01 nats. factors: write a settle.csv of
-    these, too, in which what decoders tell grows with them, and the heads of labeling 1 find it all from a factor of 4.
+    NC1 of the input is 100. The probes of labeling 1 are 0.01 nats above `upper`. factors: also write a convergence.csv
+    of these factors, in which information grows with the factor, and probes of labeling 1 reach `upper` from factor 4.
     """
     folder.mkdir()
     hparams = {"model": "MLP", "data": "SZT", "seed": seed, "epochs": epochs, "run_dir": str(folder)}
     hparams |= {"num_classes": 2, "dib_samples": {"train": 60, "test": 60}, **flags}
     (folder / "hparams.json").write_text(json.dumps(hparams))
-    rows: dict[str, list] = {name: [] for name in runs.COLUMNS}
+    rows: dict[str, list] = {name: [] for name in COLUMNS}
     for epoch in range(1, epochs + 1):
         for each, more in (("train", 1.0), ("test", 1.5)):
             rows["epochs.csv"].append((epoch, each, (more + seed) / epoch, 1 - 0.5**epoch, 0))
@@ -117,21 +110,77 @@ def measured(
             for split in layers if epoch > 1 else ["input", *layers]:
                 for labeling in ("0", "1", "y"):
                     told = 0.1 * epoch * (1 + 0.1 * seed) + (labeling == "y") * 0.2
-                    bound = 0.69 - told
-                    loss = bound + 0.01 * (labeling == "1")
-                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, loss, bound))
-    settled = [
-        (factor, factor * steps, each, split, 0, labeling, 0.69, bound + 0.01 * (labeling == "1" and factor < 4), bound)
+                    upper = 0.69 - told
+                    loss = upper + 0.01 * (labeling == "1")
+                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, loss, upper))
+    by_factor = [
+        (factor, factor * steps, each, split, 0, labeling, 0.69, upper + 0.01 * (labeling == "1" and factor < 4), upper)
         for factor in factors
         for each, steps in (("train", 270), ("test", 60))
         for split in ["input", *layers]
         for labeling in ("0", "1", "y")
-        for bound in [0.69 - 0.04 * factor * (1 + 0.1 * seed)]
+        for upper in [0.69 - 0.04 * factor * (1 + 0.1 * seed)]
     ]
-    columns = dict(runs.COLUMNS)
+    columns = dict(COLUMNS)
     if factors:
-        rows["settle.csv"] = settled
-        columns["settle.csv"] = "factor,steps,set,split,permutation,labeling,entropy,loss,bound"
+        rows["convergence.csv"] = by_factor
+        columns["convergence.csv"] = CONVERGENCE
     for name, lines in rows.items():
         (folder / name).write_text("\n".join([columns[name], *(",".join(map(str, line)) for line in lines)]) + "\n")
     return folder
+
+
+def refusal(capsys, *flags: str) -> str:
+    """Return the one line with which train.py refuses flags, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    return error
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Assert that two runs have the same tables, but for the seconds, the same weights and the same random state."""
+    assert read_results(a) == read_results(b)
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    assert torch.equal(one["random"], other["random"])
+
+
+def run_torchrun(*arguments: str) -> None:
+    """Run a program in two processes of one CPU thread each."""
+    done = subprocess.run([*TORCHRUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def make_mlp() -> nn.Sequential:
+    """Build a float64 MLP for 6 numbers and 3 classes, of the blocks flatten, hidden1, hidden2 and classifier."""
+    return models.build("MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh").double()
+
+
+def make_conv_net() -> nn.Sequential:
+    """Build a network of float64 with convolutions and BatchNorm, for images (1, 5, 5) and 3 classes."""
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3))
+    return nn.Sequential(conv, nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+def make_random_net() -> nn.Sequential:
+    """Build a network of float64 that draws random numbers in training: stochastic depth, as in ConvNeXt, and dropout.
+
+    It is for inputs of 6 numbers and 3 classes.
+    """
+    return nn.Sequential(nn.Linear(6, 6), StochasticDepth(0.4, "row"), nn.Dropout(0.2), nn.Linear(6, 3)).double()
+
+
+def make_toy_samples(N: int = 90, shape: tuple[int, ...] = (6,)) -> Samples:
+    """Return float64 samples of this shape, in 3 Gaussian classes."""
+    samples = make_clusters(N, math.prod(shape), 3)
+    return Samples(samples.inputs.double().view(N, *shape), samples.labels)
+
+
+# Flags of short runs: of any model but the MLP, of a small MLP, and of an MLP with enough batches for a range test.
+NO_MLP = ["--epochs", "2", "--dib-epochs", "2", "--device", "cpu"]
+SMALL = [*NO_MLP, "--widths", "4", "3"]
+TUNED = [*QUICK, "--train-size", "1280", "-b", "128", "--widths", "10", "7", "-nl", "Tanh"]

@@ -1,0 +1,106 @@
+"""Linear probes: their loss is convex, and its infimum is computed instead of trained for."""
+
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.probes.decoders import is_linear, list_layers
+from layerwise.probes.encodings import Encoder
+
+FEATURE_BYTES = 4 * 2**30  # of the features in float64, at most
+
+
+def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
+    """Return whether the decoder is linear, and its float64 features of N samples fit FEATURE_BYTES."""
+    return is_linear(decoder) and 8 * N * list_layers(decoder)[-1].in_features <= FEATURE_BYTES
+
+
+def fit_linear(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor, ...], targets: Tensor) -> list[float]:
+    """Return the least loss of a linear decoder for each of the targets (J, N), in nats.
+
+    Raises ValueError for encodings that are not finite.
+    """
+    *before, last = list_layers(decoder)
+    before = nn.Sequential(*before).eval()
+    with torch.no_grad():
+        z = torch.cat([before(encode(indices)).double() for indices in batches])  # (N, d)
+    if not z.isfinite().all():
+        raise ValueError("DIB: the encodings of a linear decoder are not finite")
+    has_bias = last.bias is not None
+    z = whiten(z, has_bias)
+    return [compute_linear_optimum(z, target, last.out_features, has_bias) for target in targets]
+
+
+def compute_linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within: float = 1e-4) -> float:
+    """Return inf over W and b of the mean cross-entropy of the logits z W + b, in nats. Without a bias, b is 0.
+
+    z: whitened features (N, d), float64. labels: (N,) int64. The problem is convex. L-BFGS runs for a number of
+    iterations, followed by a Newton step, until the loss or half the squared Newton decrement is below `within` nats.
+    The latter estimates how far the loss is above the infimum, and is too low if the infimum is not attained. After
+    1,600 iterations the loss is returned as it is: an upper bound, like the loss of any other probe.
+    """
+    z = torch.cat([z, z.new_ones(len(z), 1)], dim=1) if bias else z
+    if z.shape[1] == 0:  # there are no features
+        return log(C)
+    W = z.new_zeros(z.shape[1], C).requires_grad_()
+
+    def closure() -> Tensor:
+        W.grad = None
+        loss = F.cross_entropy(z @ W, labels)
+        loss.backward()
+        return loss
+
+    options = {"history_size": 20, "line_search_fn": "strong_wolfe", "tolerance_grad": 0, "tolerance_change": 0}
+    for iterations in (50, 50, 100, 200, 400, 800):  # a Newton step costs as much as a hundred iterations
+        with torch.enable_grad():
+            torch.optim.LBFGS([W], max_iter=iterations, max_eval=2 * iterations, **options).step(closure)
+        with torch.no_grad():
+            loss = F.cross_entropy(z @ W, labels).item()
+            step, decrement = compute_newton_step(z, labels, W)
+            if min(loss, decrement / 2) < within:
+                break
+            for halvings in range(10):
+                lower = F.cross_entropy(z @ (W - step / 2**halvings), labels).item()
+                if lower < loss:
+                    W -= step / 2**halvings
+                    loss = lower
+                    break
+    return loss
+
+
+def compute_newton_step(z: Tensor, labels: Tensor, W: Tensor, products: int = 200) -> tuple[Tensor, float]:
+    """Return H^-1 g (d, C) and the squared Newton decrement g^T H^-1 g of the mean cross-entropy of the logits z W.
+
+    g is the gradient and H the Hessian at W. Conjugate gradients solve for H^-1 g. Both results are too small if that
+    takes more products with H than `products`.
+    """
+    p = (z @ W).softmax(1)  # (N, C)
+    g = z.T @ (p - F.one_hot(labels, W.shape[1])) / len(z)  # (d, C)
+    x, r = torch.zeros_like(g), g
+    direction, size = r, r.square().sum()
+    for _ in range(products):
+        u = z @ direction  # (N, C)
+        H = z.T @ (p * (u - (p * u).sum(1, keepdim=True))) / len(z)  # (d, C): the Hessian times the direction
+        curvature = (direction * H).sum()
+        if curvature <= 0 or size <= 1e-12 * g.square().sum():
+            break
+        x, r = x + size / curvature * direction, r - size / curvature * H
+        size, before = r.square().sum(), size
+        direction = r + size / before * direction
+    return x, (g * x).sum().item()
+
+
+def whiten(z: Tensor, centred: bool) -> Tensor:
+    """Return an orthogonal basis (N, r) of the columns of z (N, d), of mean square 1. z is float64.
+
+    centred: whether the column means are subtracted first. Each column is scaled to standard deviation 1. Directions
+    below 1e-6 of the largest singular value are left out: they are rounding of float32. Logits that are linear in z are
+    linear in the basis, in which L-BFGS needs a tenth of the iterations.
+    """
+    z = z - z.mean(0) if centred else z
+    spread = z.square().mean(0).sqrt()
+    z = z / torch.where(spread > 1e-6 * spread.max(), spread, 1.0)
+    U, S, _ = torch.linalg.svd(z, full_matrices=False)
+    return U[:, S > 1e-6 * S[0]] * len(z) ** 0.5

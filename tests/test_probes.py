@@ -1,0 +1,865 @@
+"""The probes: each fast way to train them is compared with the slow one of tools/references.py."""
+
+import copy
+import math
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
+
+import dib
+import models
+from layerwise import devices
+from layerwise.probes import (
+    Task,
+    Thesis,
+    Tuned,
+    count_steps,
+    fit,
+    group,
+    linear,
+    make_seed,
+    separate,
+    stacked,
+    training,
+)
+from layerwise.probes.decoders import is_linear, is_mlp, is_norm
+from layerwise.probes.encodings import make_encoder, standardise
+from layerwise.probes.fitting import group_splits
+from layerwise.probes.group import ProbeGroup
+from layerwise.probes.linear import (
+    can_fit_linear,
+    compute_linear_optimum,
+    compute_newton_step,
+    fit_linear,
+    whiten,
+)
+from layerwise.probes.separate import SeparateProbes, compute_logits_one_by_one
+from layerwise.probes.stacked import StackedProbes, compute_stacked_logits, stack_parameters
+from layerwise.probes.training import compute_parameter_sizes, find_best_starts
+from layerwise.samples import Samples
+from layerwise.schema import SUBOPTIMAL
+from tests.toys import ROOT, make_clusters, make_conv_net, make_mlp, make_random_net, make_toy_samples
+from tools.references import (
+    compute_gradient_and_hessian,
+    compute_newton_optimum,
+    standardise_encodings,
+    train_probe_alone,
+    tune_probe_alone,
+)
+
+STACKED, ONE_BY_ONE = "compute_stacked_logits", "compute_logits_one_by_one"
+SHARED = nn.ReLU()
+
+
+def make_padding_net() -> nn.Sequential:
+    """Build a network of float64 for images (2, 3, 3). Its first layer pads: inputs may be scaled, but not shifted."""
+    first = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
+    return nn.Sequential(first, nn.Flatten(), nn.Linear(27, 3)).double()
+
+
+def make_batches(N: int, size: int = 40) -> tuple[Tensor, ...]:
+    return torch.arange(N).split(size)
+
+
+def make_group(probes: dict[int, list[nn.Sequential]], *rest) -> ProbeGroup:
+    """Group probes as `fit` does."""
+    kind = StackedProbes if is_mlp(next(iter(probes.values()))[0]) else SeparateProbes
+    return kind(probes, *rest)
+
+
+def freeze(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """Count the calls of the two functions that compute logits."""
+    counter = Counter()
+    for module, name in ((stacked, STACKED), (separate, ONE_BY_ONE)):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, f=function: counter.update([name]) or f(*a))
+    return counter
+
+
+# Which decoders are MLPs
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Linear(3, 3), SHARED, nn.Linear(3, 3), SHARED], False),
+        ([nn.Linear(4, 3)], True),
+        ([nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.ReLU())], True),
+        ([nn.Linear(4, 3), nn.Flatten()], False),
+        ([nn.Linear(4, 3), nn.BatchNorm1d(3)], False),
+        ([nn.Linear(4, 3), nn.Softmax(1)], False),
+        ([nn.Linear(4, 3), nn.Dropout()], False),
+    ],
+)
+def test_mlps_are_linear_layers_and_elementwise_functions(layers, expected):
+    assert is_mlp(nn.Sequential(*layers)) is expected
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Bounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("layer", [Residual(nn.Linear(3, 3), nn.Tanh()), Bounded(3, 3)])
+def test_layers_with_a_forward_of_their_own_make_no_mlp(layer):
+    assert not is_mlp(nn.Sequential(layer, nn.Linear(3, 3)))
+
+
+def test_a_flatten_of_some_dimensions_makes_no_mlp():
+    assert not is_mlp(nn.Sequential(nn.Flatten(2), nn.Linear(9, 3)))
+
+
+def test_a_first_layer_that_works_in_place_makes_no_mlp():
+    assert not is_mlp(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)))
+    assert not is_mlp(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 3)))
+
+
+def test_splits_whose_decoders_are_mlps_are_fitted_together():
+    assert group_splits(make_mlp(), [0, 1, 2, 3], set()) == [[0, 1, 2, 3]]
+    assert group_splits(make_mlp(), [0, 1, 2, 3], {3}) == [[0, 1, 2], [3]]
+    assert group_splits(make_conv_net(), [0, 1, 2], set()) == [[0], [1, 2]]
+    assert group_splits(make_conv_net(), [0, 1, 2], {1, 2}) == [[0], [1], [2]]
+    assert group_splits(make_random_net(), [0, 1, 3], set()) == [[0], [1], [3]]
+
+
+# Which decoders are linear
+
+
+def make_linear(bias: bool = True) -> nn.Linear:
+    return nn.Linear(8, 3, bias=bias)
+
+
+def make_half_frozen() -> nn.Linear:
+    layer = make_linear()
+    freeze(layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([make_linear()], True),
+        ([make_linear(bias=False)], True),
+        ([nn.Flatten(), make_linear()], True),
+        ([nn.Sequential(nn.MaxPool2d(2), nn.Flatten()), nn.Sequential(make_linear())], True),
+        ([nn.ReLU(), make_linear()], True),
+        ([nn.Dropout(), make_linear()], True),
+        ([LayerNorm2d(8), nn.Flatten(), make_linear()], True),
+        ([nn.LayerNorm(8), make_linear()], True),
+        ([nn.BatchNorm1d(8), make_linear()], True),
+        ([nn.GroupNorm(2, 8), nn.Flatten(), make_linear()], True),
+        ([nn.LayerNorm(8), make_linear(bias=False)], False),
+        ([nn.LayerNorm(8, elementwise_affine=False), make_linear(bias=False)], True),
+        ([nn.BatchNorm1d(8, affine=False), make_linear(bias=False)], False),
+        ([nn.LayerNorm(8), nn.ReLU(), make_linear()], False),
+        ([nn.LayerNorm(8), nn.LayerNorm(8), make_linear()], False),
+        ([nn.Linear(8, 8), make_linear()], False),
+        ([nn.PReLU(), make_linear()], False),
+        ([make_half_frozen()], False),
+        ([freeze(make_linear())], False),
+        ([make_linear(), nn.ReLU()], False),
+        ([make_linear(), nn.LogSoftmax(1)], False),
+        ([nn.Flatten()], False),
+        ([nn.Bilinear(8, 8, 3)], False),
+    ],
+)
+def test_linear_decoders_are_a_linear_layer_after_layers_without_parameters(layers, expected):
+    assert is_linear(nn.Sequential(*layers)) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "before"),
+    [
+        ("MLP", "hidden5", "hidden4"),
+        ("MNISTNet", "hidden1", "conv2"),
+        ("CIFARNet", "group3", "group2"),
+        ("ResNet", "block8", "block6"),
+        ("ConvNeXt", "block18", "block17"),
+    ],
+)
+def test_the_last_split_of_every_architecture_has_a_linear_decoder(name, last, before):
+    model = models.build(name, (3, 32, 32), 10)
+    splits = models.splits(model, [last, before])
+    assert is_linear(model[splits[last] :])
+    assert not is_linear(model[splits[before] :])
+
+
+def test_a_norm_with_a_weight_of_0_is_not_absorbed():
+    decoder = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+    assert is_linear(decoder)
+    nn.init.zeros_(decoder[0].weight)
+    assert not is_linear(decoder)
+
+
+def test_the_norm_of_torchvision_is_recognised_without_importing_torchvision():
+    assert is_norm(LayerNorm2d(8))
+    code = "import sys, dib, nc1; assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_modules_that_programs_without_torch_need_do_not_import_torch():
+    code = "import sys, layerwise, layerwise.schema, layerwise.runs; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Groups
+
+
+def test_stacked_probes_compute_the_logits_of_each_probe():
+    torch.manual_seed(0)
+    probes = [nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.GELU(), nn.Linear(5, 3)) for _ in range(4)]
+    probes = [probe.double() for probe in probes]
+    x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
+    a, b = compute_stacked_logits({0: probes}, stack_parameters(probes), {0: x}), compute_logits_one_by_one(probes, x)
+    assert a.shape == (4, 3, 7)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a[2], probes[2](x).T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_first_layer_that_works_in_place_does_not_change_the_inputs_of_other_probes():
+    probes = [nn.Sequential(nn.ELU(inplace=True), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval() for _ in range(2)]
+    x = torch.randn(5, 6)
+    expected = [probe(x.clone()).T for probe in probes]
+    torch.testing.assert_close(compute_logits_one_by_one(probes, x), torch.stack(expected))
+
+
+def test_the_first_step_shows_whether_probes_draw_random_numbers():
+    """Any layer may draw, also a hook."""
+    noisy = nn.Sequential(nn.Linear(6, 3))
+    noisy.register_forward_hook(lambda probe, _, logits: logits + torch.rand(3) if probe.training else None)
+    quiet = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    x, targets = torch.randn(4, 6), torch.tensor([[0, 1, 2, 0]])
+    for probe, expected in [(make_random_net().float(), True), (noisy, True), (quiet, False)]:
+        probes = SeparateProbes({0: [probe.train()]}, {0: x.__getitem__}, targets, {0: [0]})
+        probes.step(torch.optim.SGD(probe.parameters(), lr=0.1), torch.arange(4))
+        assert probes.draws is expected
+
+
+def test_random_states_are_set_only_for_probes_that_draw_random_numbers(monkeypatch):
+    """The first step shows whether probes draw. In it, states are set for all probes."""
+    calls, set_rng_state = Counter(), torch.set_rng_state
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: calls.update(["set"]) or set_rng_state(state))
+    samples = make_toy_samples(shape=(1, 5, 5))
+    for make_model, J, expected in ((make_conv_net, 2, 2), (make_random_net, 3, 3 * 9)):
+        calls.clear()
+        x = samples.inputs if make_model is make_conv_net else samples.inputs.flatten(1)[:, :6]
+        encoders, targets = {0: x.__getitem__}, samples.labels.expand(J, -1)
+        probes = SeparateProbes({0: [make_model() for _ in range(J)]}, encoders, targets, {0: list(range(J))})
+        Thesis(partial(torch.optim.SGD, lr=0.1), 2).train(probes, {}, 30, torch.Generator())  # 6 steps, 3 batches
+        assert calls["set"] == expected
+
+
+def test_selected_probes_continue_as_they_would_alone():
+    torch.manual_seed(0)
+    samples, model = make_toy_samples(), make_mlp()
+    _, targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)
+    encoders = {k: model[:k](samples.inputs).detach().__getitem__ for k in (0, 2)}
+    starts = {k: [make_mlp()[k:] for _ in range(4)] for k in (0, 2)}
+    learns = {0: [0, 0, 1, 1], 2: [2, 2, 0, 0]}
+    rows = torch.tensor([1, 2, 4, 7])  # of the eight
+
+    def make(chosen: dict[int, list[int]]) -> tuple[StackedProbes, torch.optim.Optimizer]:
+        probes = {k: [copy.deepcopy(starts[k][i]) for i in chosen[k]] for k in chosen}
+        made = StackedProbes(probes, encoders, targets, {k: [learns[k][i] for i in chosen[k]] for k in chosen})
+        param_groups = [{"params": p, "lr": 0.01 * i} for i, p in enumerate(made.parameters().values(), 1)]
+        return made, torch.optim.Adam(param_groups)
+
+    probes, optimizer = make({k: [0, 1, 2, 3] for k in starts})
+    alone, optimizer_alone = make({0: [1, 2], 2: [0, 3]})
+    for i in range(12):
+        if i == 5:
+            probes.select(rows, optimizer)
+        indices = torch.randperm(len(samples))[:30]
+        losses, expected = probes.step(optimizer, indices), alone.step(optimizer_alone, indices)
+        torch.testing.assert_close(losses if i >= 5 else losses[rows], expected, rtol=1e-10, atol=1e-10)
+    assert {k: len(of_split) for k, of_split in probes.probes.items()} == {0: 2, 2: 2}
+    for name, stack in alone.stacks.items():
+        torch.testing.assert_close(probes.stacks[name], stack, rtol=1e-10, atol=1e-10)
+    losses, expected = probes.compute_exact_losses(40), alone.compute_exact_losses(40)
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_are_those_of_the_final_weights():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(60, 6, dtype=torch.float64) + 1
+    layers = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.ReLU(), nn.Linear(5, 4), nn.BatchNorm1d(4)
+    probe = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    probe(100 * x)  # running statistics become wrong for x
+    state = copy.deepcopy(dict(probe.named_parameters()))
+    probes = SeparateProbes({0: [probe]}, {0: x.__getitem__}, torch.randint(3, (1, 60)), {0: [0]})
+
+    def compute_statistics(x: Tensor) -> list[Tensor]:
+        """Return mean and variance before each norm, without dropout."""
+        first = layers[0](x)
+        normal = (first - first.mean(0)) / (first.var(0, correction=0) + layers[1].eps).sqrt()
+        second = layers[4](normal.relu())
+        return [first.mean(0), first.var(0), second.mean(0), second.var(0)]
+
+    for parts in (torch.arange(60)[None], torch.randperm(60).view(3, 20)):
+        probes.take_statistics(parts)
+        got = [layers[1].running_mean, layers[1].running_var, layers[5].running_mean, layers[5].running_var]
+        of_parts = zip(*(compute_statistics(x[part]) for part in parts), strict=True)
+        torch.testing.assert_close(got, [torch.stack(values).mean(0) for values in of_parts])
+    assert all(torch.equal(p, state[name]) for name, p in probe.named_parameters())
+    loss = F.cross_entropy(probe.eval()(x), probes.targets[:, 0])
+    assert probes.compute_exact_losses(7).item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_statistics_are_taken_of_every_sample_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ProbeGroup, "take_statistics", lambda _, batches: seen.extend(torch.cat([*batches]).tolist()))
+    samples = make_toy_samples(shape=(1, 5, 5))
+    dib.measure(make_conv_net(), 0, samples, 3, make_conv_net, probes=Tuned(8), batch_size=40)
+    assert sorted(seen) == list(range(90))
+
+
+def test_exact_losses_are_those_of_eval_mode():
+    torch.manual_seed(0)
+    samples = make_toy_samples(shape=(1, 5, 5))
+    made = [make_conv_net().train() for _ in range(2)]
+    probes = SeparateProbes({0: made}, {0: samples.inputs.__getitem__}, samples.labels[None], {0: [0, 0]})
+    for size in (1, 40, 90):
+        losses = probes.compute_exact_losses(size)
+        expected = [F.cross_entropy(probe.eval()(samples.inputs), samples.labels).item() for probe in made]
+        assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+# Thesis
+
+
+@pytest.mark.parametrize(
+    ("make_model", "shape", "splits", "forward"),
+    [
+        (make_mlp, (6,), [0], STACKED),
+        (make_mlp, (6,), [0, 2, 3], STACKED),
+        (make_mlp, (2, 3), [1, 3], STACKED),
+        (make_conv_net, (1, 5, 5), [0], ONE_BY_ONE),
+        (make_conv_net, (1, 5, 5), [1], STACKED),
+        (make_random_net, (6,), [0], ONE_BY_ONE),
+    ],
+)
+def test_thesis_probes_trained_together_are_what_each_would_be_alone(make_model, shape, splits, forward, calls):
+    """The initial weights and the batches are the same, and all numbers are float64."""
+    torch.manual_seed(0)
+    samples, model, epochs = make_toy_samples(shape=shape), make_model(), 30
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    _, targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)
+    starts = {k: [make_model()[k:].eval() for _ in targets] for k in splits}
+    encoders = {k: model[:k].eval()(samples.inputs).detach().__getitem__ for k in splits}
+    probes = make_group(copy.deepcopy(starts), encoders, targets, {k: list(range(len(targets))) for k in splits})
+    torch.manual_seed(7)
+    losses = Thesis(sgd, epochs).train(probes, {}, 40, torch.Generator().manual_seed(5)).view(len(splits), -1)
+    assert set(calls) == {forward}
+    for i, k in enumerate(splits):
+        for j, probe in enumerate(starts[k]):
+            torch.manual_seed(7)
+            generator = torch.Generator().manual_seed(5)
+            final, _ = train_probe_alone(model[:k], probe, samples.inputs, targets[j], sgd, epochs, 40, generator)
+            assert losses[i, j].item() == pytest.approx(final, rel=1e-9)
+
+
+# Tuned
+
+
+def fit_and_train_alone(
+    make_model, shape, splits, steps, dtype=torch.float64, **options
+) -> tuple[Tensor, list[list[float]]]:
+    """Return the losses of tuned probes for three labelings, and those of the same probes trained one at a time."""
+    torch.manual_seed(0)
+    samples, model, tuned = make_toy_samples(shape=shape), make_model().to(dtype).eval(), Tuned(steps)
+    samples.inputs = (3 * samples.inputs + 5).to(dtype)
+    targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)[1][:3]
+
+    def inputs(indices: Tensor) -> Tensor:
+        return samples.batch(indices)[0]
+
+    def make_probe(k: int, *words: object) -> nn.Sequential:
+        torch.manual_seed(make_seed(k, *words))
+        return make_model().to(dtype)[k:]
+
+    def start(*words: object) -> torch.Generator:
+        torch.manual_seed(7)
+        return torch.Generator().manual_seed(5)
+
+    reference = make_probe(0, "reference").eval()
+    task = Task(model, reference, splits, inputs, targets, make_probe, SimpleNamespace(start=start))
+    found = fit(task, tuned, batch_size=40, cache_bytes=2**30)
+    sizes, alone = compute_parameter_sizes(reference), []
+    for k in splits:
+        with torch.no_grad():
+            z = model[:k](samples.inputs)
+        first = next(layer for layer in make_probe(k).modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+        z = standardise_encodings(first, z)
+        alone.append([])
+        for j, target in enumerate(targets):
+            starts = [make_probe(k, "head", j, i) for i in range(tuned.count_starts(make_probe(k)))]
+            alone[-1].append(tune_probe_alone(z, starts, target, sizes, 0.2, steps, 40, start(), **options))
+    return found, alone
+
+
+@pytest.mark.parametrize(
+    ("make_model", "shape", "splits", "steps", "forward"),
+    [
+        (make_mlp, (6,), [0, 1, 2], 120, STACKED),
+        (make_mlp, (2, 3), [1], 8, STACKED),
+        (make_conv_net, (1, 5, 5), [0], 120, ONE_BY_ONE),
+        (make_padding_net, (2, 3, 3), [0], 50, ONE_BY_ONE),
+        (make_random_net, (6,), [0], 120, ONE_BY_ONE),
+    ],
+    ids=["MLP", "few steps", "convolutional", "padding", "random"],
+)
+def test_tuned_probes_are_what_each_would_be_alone(make_model, shape, splits, steps, forward, calls):
+    found, alone = fit_and_train_alone(make_model, shape, splits, steps)
+    assert set(calls) == {forward}
+    torch.testing.assert_close(found, torch.tensor(alone, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("make_model", "shape", "splits"), [(make_mlp, (6,), [0, 2]), (make_conv_net, (1, 5, 5), [0])])
+def test_tuned_probes_in_float32_are_what_each_would_be_alone(make_model, shape, splits, monkeypatch):
+    """The first starts are trained to the end: rounding could exchange two starts of nearly the same loss."""
+
+    def find_first(losses: Tensor, starts: int, count: int) -> Tensor:
+        return torch.arange(len(losses)).view(-1, starts)[:, :count].flatten()
+
+    monkeypatch.setattr(training, "find_best_starts", find_first)
+    options = {"dtype": torch.float32, "find_best": lambda losses, count: list(range(count))}
+    found, alone = fit_and_train_alone(make_model, shape, splits, 60, **options)
+    torch.testing.assert_close(found, torch.tensor(alone, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_few_steps_are_enough_or_refused(steps):
+    try:
+        found, _ = fit_and_train_alone(make_mlp, (6,), [0], steps)
+    except ValueError as refusal:
+        assert "steps" in str(refusal)  # noqa: PT017
+    else:
+        assert found.isfinite().all()
+
+
+def test_the_starts_of_least_loss_are_found_for_each_probe():
+    losses = torch.tensor([3.0, 1.0, 2.0, 4.0, 9.0, 9.0, 8.0, math.nan])  # of two probes
+    assert find_best_starts(losses, 4, 2).tolist() == [1, 2, 6, 4]
+    assert find_best_starts(losses, 4, 1).tolist() == [1, 6]
+
+
+def test_rates_grow_and_fall():
+    factor = Tuned(steps=200).compute_rate_factor  # grows in 20 steps, falls in the last 30
+    assert [factor(i) for i in (0, 9, 19, 20, 170)] == pytest.approx([1 / 20, 1 / 2, 1, 1, 1])
+    assert [factor(i) for i in (171, 185, 199)] == pytest.approx([29 / 30, 1 / 2, 1 / 30])
+    short = Tuned(steps=100).compute_rate_factor  # does not fall
+    assert [short(i) for i in (0, 10, 99)] == pytest.approx([1 / 10, 1, 1])
+
+
+def test_numbers_of_steps_computed_by_hand():
+    assert count_steps(30, 614) == 600  # 2 batches an epoch count as 20
+    assert count_steps(3, 8000) == 60
+    assert count_steps(3, 8001) == 63
+    assert count_steps(2, 50_000) == 250
+
+
+class Scale(nn.Module):
+    """Scale channels by a parameter that starts at a constant, as ConvNeXt does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 1e-6))
+
+
+def compute_rms(*parameters: Tensor) -> float:
+    values = [v for p in parameters for v in p.flatten().tolist()]
+    return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+def test_parameter_sizes_computed_by_hand():
+    torch.manual_seed(0)
+    linear, narrow, wide = nn.Linear(5, 4), nn.Conv2d(2, 3, 3), nn.Conv2d(64, 4, 3)
+    zero_bias, constant = nn.Linear(5, 4), nn.Linear(5, 4, bias=False)
+    nn.init.zeros_(zero_bias.bias)
+    nn.init.constant_(constant.weight, 0.05)
+    model = nn.Sequential(linear, narrow, wide, zero_bias, constant, nn.BatchNorm2d(7), nn.LayerNorm(8), Scale())
+    of_linear, of_narrow, of_wide = (compute_rms(layer.weight, layer.bias) for layer in (linear, narrow, wide))
+    assert compute_parameter_sizes(model) == pytest.approx(
+        {
+            "0.weight": of_linear,
+            "0.bias": of_linear,
+            "1.weight": of_narrow,
+            "1.bias": of_narrow,
+            "2.weight": of_wide * (256 / 576) ** 0.75,  # 64 x 3 x 3 inputs
+            "2.bias": of_wide,
+            "3.weight": compute_rms(zero_bias.weight),  # zeros were not drawn at random
+            "3.bias": compute_rms(zero_bias.weight),
+            "4.weight": 0.05,  # a constant below 0.1
+            "5.weight": 0.1,
+            "5.bias": 0.1,
+            "6.weight": 0.1,
+            "6.bias": 0.1,
+            "7.scale": 0.01,
+        }
+    )
+
+
+def test_parameter_sizes_of_cifarnet():
+    """The weights of the classifier have size 1, as the logits are divided by 256."""
+    sizes = compute_parameter_sizes(models.build("CIFARNet", (3, 32, 32), 10))
+    assert sizes["classifier.1.weight"] == pytest.approx(1, rel=1e-2)
+    assert sizes["group1.2.bias"] == 0.01  # the shift of BatchNorm: only zeros
+
+
+def test_the_size_of_a_parameter_does_not_depend_on_the_layers_before():
+    torch.manual_seed(0)
+    model = make_mlp()
+    sizes, names = compute_parameter_sizes(model), dict(model[2:].named_parameters())
+    assert compute_parameter_sizes(model[2:]) == {name: size for name, size in sizes.items() if name in names}
+
+
+# Both
+
+
+@pytest.mark.parametrize(("make_model", "shape"), [(make_mlp, (6,)), (make_conv_net, (1, 5, 5))])
+@pytest.mark.parametrize("probes", [Thesis(partial(torch.optim.SGD, lr=0.1), 5, bfloat16=True), Tuned(20)])
+def test_steps_in_bfloat16_end_with_a_pass_in_float32(make_model, shape, probes, monkeypatch):
+    """Steps use bfloat16 on a device that has it. float64 probes stay float64."""
+    samples, seen, cross_entropy = make_toy_samples(shape=shape), {True: set(), False: set()}, F.cross_entropy
+
+    def watch(logits: Tensor, *rest, **options) -> Tensor:
+        seen[logits.requires_grad].add(logits.dtype)
+        return cross_entropy(logits, *rest, **options)
+
+    def measure_losses(dtype: torch.dtype) -> list[float]:
+        for dtypes in seen.values():
+            dtypes.clear()
+        converted, model = Samples(samples.inputs.to(dtype), samples.labels), make_model().to(dtype)
+        found = dib.measure(model, 0, converted, 3, lambda: make_model().to(dtype), probes=probes)
+        return [probe.loss for probe in found]
+
+    monkeypatch.setattr(group, "F", SimpleNamespace(cross_entropy=watch))
+    torch.manual_seed(0)
+    expected = measure_losses(torch.float32)
+    assert seen == {True: {torch.float32}, False: {torch.float32}}
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    assert measure_losses(torch.float32) == pytest.approx(expected, abs=0.05)
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+    measure_losses(torch.float64)
+    assert seen == {True: {torch.float64}, False: {torch.float64}}
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
+    measure_losses(torch.float32)
+    assert seen == {True: {torch.float32}, False: {torch.float32}}
+
+
+@pytest.mark.parametrize("make_model", [make_mlp, make_conv_net])
+@pytest.mark.parametrize("probes", [Thesis(partial(torch.optim.SGD, lr=0.1), 2), Tuned(8)])
+def test_frozen_parameters_stay_as_constructed(make_model, probes):
+    torch.manual_seed(0)
+    samples = make_toy_samples(shape=(6,) if make_model is make_mlp else (1, 5, 5))
+    made = [make_model() for _ in range(probes.count_starts(make_model()))]
+    for probe in made:
+        freeze(next(m for m in probe.modules() if isinstance(m, (nn.Linear, nn.Conv2d))))
+    before = [copy.deepcopy(dict(probe.named_parameters())) for probe in made]
+    of_all = make_group({0: made}, {0: samples.inputs.__getitem__}, samples.labels[None], {0: [0] * len(made)})
+    probes.train(of_all, compute_parameter_sizes(made[0]), 40, torch.Generator().manual_seed(0))
+    if of_all.is_stacked:
+        trained = {name: stack[0] for name, stack in of_all.stacks.items()}
+    else:
+        trained = dict(made[0].named_parameters())
+    for name, p in trained.items():  # of the start that was trained to the end, whichever it is
+        assert any(torch.equal(p, own[name]) for own in before) != before[0][name].requires_grad
+
+
+def test_probes_find_the_classes_of_clusters():
+    samples = make_clusters(120, 6, 3, spread=0.05)
+    for probes in (Tuned(100), Thesis(partial(torch.optim.Adam, lr=0.05), 60)):
+        make_model = partial(models.build, "MLP", (6,), 3, widths=(8,), nonlinearity="Tanh")
+        y, *_ = dib.measure(make_model(), 0, samples, 3, make_model, probes=probes, batch_size=40)
+        assert y.loss < 0.02
+
+
+@pytest.mark.parametrize("make_probes", [partial(Tuned, 0), partial(Thesis, torch.optim.SGD, 0)])
+def test_less_than_one_step_or_epoch_is_refused(make_probes):
+    with pytest.raises(ValueError, match="at least 1"):
+        make_probes()
+
+
+# Standardised encodings
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "centred"),
+    [
+        ([nn.Linear(6, 3)], (6,), True),
+        ([nn.Linear(6, 3, bias=False)], (6,), False),
+        ([nn.Flatten(), nn.Linear(12, 3)], (3, 2, 2), True),
+        ([nn.Flatten(), nn.Linear(12, 3, bias=False)], (3, 2, 2), False),
+        ([nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh()), nn.Flatten()], (3, 3, 3), True),
+        ([nn.Conv2d(3, 4, 2, padding="valid"), nn.Tanh()], (3, 3, 3), True),
+        ([nn.Conv2d(3, 4, 2, bias=False), nn.Tanh()], (3, 3, 3), False),
+        ([nn.Conv2d(3, 4, 2, padding=1), nn.Tanh()], (3, 3, 3), False),
+        ([nn.Conv2d(3, 4, 3, padding="same"), nn.Tanh()], (3, 3, 3), False),
+    ],
+)
+def test_standardised_encodings_do_not_change_the_set_of_functions(layers, shape, centred):
+    """Encodings have standard deviation 1 and, if possible, mean 0. Other weights do the same for the inputs."""
+    torch.manual_seed(0)
+    decoder = nn.Sequential(*layers).double()
+    x = torch.randn(50, *shape, dtype=torch.float64) * torch.rand(shape, dtype=torch.float64).mul(10) + 3
+    z = standardise(decoder, x.__getitem__, make_batches(50, 20))(torch.arange(50))
+    other = copy.deepcopy(decoder)
+    layer = next(m for m in other.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    over = (0, 2, 3) if isinstance(layer, nn.Conv2d) else (0,)
+    one = torch.ones_like(z.mean(over))
+    torch.testing.assert_close(z.std(over, correction=0), one)
+    if centred:
+        torch.testing.assert_close(z.mean(over), 0 * one)
+    a = z.std(over) / x.std(over)  # z = a x + b
+    b = z.mean(over) - a * x.mean(over)
+    a, b = (v.view(1, -1, *[1] * (layer.weight.dim() - 2)) for v in (a, b))
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias += (layer.weight * b).flatten(1).sum(1)
+        layer.weight *= a
+        torch.testing.assert_close(other(x), decoder(z))
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.ReLU(), nn.Linear(6, 3)], (6,)),
+        ([nn.BatchNorm1d(6), nn.Linear(6, 3)], (6,)),
+        ([nn.Dropout(), nn.Linear(6, 3)], (6,)),
+        ([freeze(nn.Linear(6, 3)), nn.Linear(3, 3)], (6,)),
+        ([freeze(nn.Conv2d(2, 3, 2)), nn.Flatten()], (2, 3, 3)),
+        ([nn.Linear(3, 3), nn.Flatten(), nn.Linear(6, 3)], (2, 3)),  # the same weights for both rows
+        ([nn.MaxPool2d(2), nn.Conv2d(2, 3, 2)], (2, 4, 4)),
+        ([nn.ConvTranspose2d(2, 3, 2)], (2, 3, 3)),
+        ([nn.Flatten(2), nn.Linear(9, 3), nn.Flatten(), nn.Linear(6, 3)], (2, 3, 3)),
+    ],
+)
+def test_encodings_of_other_decoders_are_not_standardised(layers, shape):
+    encode = torch.randn(20, *shape).__getitem__
+    assert standardise(nn.Sequential(*layers), encode, make_batches(20)) is encode
+
+
+def test_encodings_are_not_standardised_before_a_weight_that_is_used_again():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    encode = torch.randn(20, 4).__getitem__
+    assert standardise(nn.Sequential(first, nn.Tanh(), second), encode, make_batches(20)) is encode
+
+
+def test_encodings_are_only_scaled_before_a_frozen_bias():
+    layer, x = nn.Linear(6, 3), torch.randn(20, 6) + 5
+    freeze(layer.bias)
+    z = standardise(nn.Sequential(layer), x.__getitem__, make_batches(20))(torch.arange(20))
+    torch.testing.assert_close(z, x / x.std(0, correction=0))
+
+
+def test_constant_features_keep_their_scale():
+    x = torch.randn(20, 4, dtype=torch.float64)
+    x[:, 1], x[:, 2] = 0.1, 0
+    for bias in (True, False):
+        layer = nn.Linear(4, 3, bias=bias).double()
+        z = standardise(nn.Sequential(layer), x.__getitem__, make_batches(20, 7))(torch.arange(20))
+        expected = torch.zeros_like(x[:, 1:3]) if bias else x[:, 1:3]
+        torch.testing.assert_close(z[:, 1:3], expected, rtol=0, atol=1e-12)
+
+
+def test_features_far_from_0_are_standardised_in_float32():
+    torch.manual_seed(0)
+    x = torch.randn(1000, 3) + 1e4
+    z = standardise(nn.Sequential(nn.Linear(3, 3)), x.__getitem__, make_batches(1000, 300))(torch.arange(1000))
+    assert z.dtype == torch.float32
+    expected = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+    torch.testing.assert_close(z.double(), expected, rtol=0, atol=4e-3)  # a few roundings of 1e4
+
+
+# Encoders
+
+
+def test_cached_encodings_of_images_are_channels_last():
+    x = torch.randn(20, 1, 5, 5)
+    encode = make_encoder(nn.Sequential(nn.Conv2d(1, 3, 2)), x.__getitem__, make_batches(20), 2**20)
+    assert encode(torch.arange(4)).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**20, 20 * 3 * 4, 20 * 3 * 4 - 1, 0])
+def test_encodings_are_computed_once_if_they_fit(cache_bytes):
+    blocks, calls, x = nn.Sequential(nn.Linear(5, 3)), [], torch.randn(20, 5)
+    blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    encode = make_encoder(blocks, x.__getitem__, make_batches(20, 10), cache_bytes)
+    for _ in range(4):
+        torch.testing.assert_close(encode(torch.arange(7)), blocks[0](x[:7]).detach())
+    fits = cache_bytes >= 20 * 3 * 4
+    assert len(calls) == 4 + 1 + (2 if fits else 4)  # of the test, one for the size, then of the batches or the calls
+
+
+# The optimum of linear decoders
+
+
+def make_features(kind: str, N: int = 200, d: int = 5) -> Tensor:
+    torch.manual_seed(0)
+    if kind == "heavy":  # 50 iterations are not enough
+        return torch.randn(300, 30) * torch.randn(300, 1).mul(2).exp()
+    z = torch.randn(N, d) + 1
+    if kind == "collinear":
+        z = (1024 * z).round() / 1024  # sums are exact: their rounding would add directions
+        z = torch.cat([z, z[:, :2] + z[:, 2:4], z[:, :1]], dim=1)
+    elif kind == "constant":
+        z = torch.cat([z, torch.full((N, 1), 3.0), torch.zeros(N, 1)], dim=1)
+    elif kind == "scales":
+        z = z * torch.logspace(-3, 3, d)
+    elif kind == "far":
+        z = z + 100
+    elif kind == "many":
+        z = torch.randn(N, 60)
+    return z
+
+
+def make_uncertain_labels(z: Tensor, C: int = 3) -> Tensor:
+    """Return labels that depend on the features, half of them replaced by random ones."""
+    generator = torch.Generator().manual_seed(1)
+    labels = (z / z.std(0).clamp(min=1e-6))[:, :C].argmax(1)
+    others = torch.randint(C, (len(z),), generator=generator)
+    return torch.where(torch.rand(len(z), generator=generator) < 0.5, labels, others)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "collinear", "constant", "scales", "far", "many", "heavy"])
+def test_the_optimum_is_that_of_newtons_method(kind, bias):
+    z = make_features(kind)
+    labels = make_uncertain_labels(z)
+    least = compute_newton_optimum(z, labels, bias, within=1e-7)
+    assert 0.1 < least < math.log(3)
+    decoder = nn.Sequential(nn.Linear(z.shape[1], 3, bias=bias))
+    (loss,) = fit_linear(decoder, z.__getitem__, make_batches(len(z)), labels[None])
+    assert least - 1e-6 <= loss <= least + 1e-4 + 1e-6  # half the squared decrement is below 1e-4
+    exact = compute_linear_optimum(whiten(z.double(), bias), labels, 3, bias, within=1e-10)
+    assert exact == pytest.approx(least, abs=1e-6)
+
+
+def test_the_optimum_for_constant_features_is_the_entropy():
+    z, labels = torch.full((40, 4), 2.0), torch.arange(40).fmod(4).clamp(max=2)
+    for constant in (z, torch.zeros_like(z)):
+        decoder = nn.Sequential(nn.Linear(4, 3))
+        (loss,) = fit_linear(decoder, constant.__getitem__, make_batches(40), labels[None])
+        assert loss == pytest.approx(dib.compute_entropy(labels, 3), abs=1e-4)
+
+
+def test_the_optimum_for_zero_features_without_bias_is_log_c():
+    z, labels = torch.zeros(40, 4), torch.arange(40) % 3
+    (loss,) = fit_linear(nn.Sequential(nn.Linear(4, 3, bias=False)), z.__getitem__, make_batches(40), labels[None])
+    assert loss == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spread", [1e-3, 1, 1e3])
+def test_the_optimum_for_separable_classes_is_0_after_few_iterations(spread, bias, monkeypatch):
+    calls = []
+    monkeypatch.setattr(linear, "compute_newton_step", lambda *a: calls.append(1) or compute_newton_step(*a))
+    torch.manual_seed(0)
+    z, labels = spread * torch.randn(60, 80), torch.randint(3, (2, 60))
+    for loss in fit_linear(nn.Sequential(nn.Linear(80, 3, bias=bias)), z.__getitem__, make_batches(60), labels):
+        assert 0 <= loss < 1e-4
+    assert len(calls) <= 2 * 2  # 50 or 100 iterations each
+
+
+def test_the_optimum_for_sparse_features():
+    """Some features are nearly always 0, and determine the class if they are not."""
+    torch.manual_seed(0)
+    z = torch.randn(400, 30).relu() * (torch.rand(400, 30) < 0.05)
+    labels = (z @ torch.randn(30, 3)).argmax(1)
+    labels = torch.where(torch.rand(400) < 0.1, torch.randint(3, (400,)), labels)
+    (loss,) = fit_linear(nn.Sequential(nn.Linear(30, 3)), z.__getitem__, make_batches(400), labels[None])
+    assert loss <= compute_newton_optimum(z, labels) + SUBOPTIMAL
+
+
+def test_the_optimum_for_heavy_tails_and_few_wrong_labels():
+    """L-BFGS alone ends 0.01 nats above the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1000, 80, generator=generator, dtype=torch.float64) ** 3
+    labels = (z @ torch.randn(80, 5, generator=generator, dtype=torch.float64)).argmax(1)
+    wrong = torch.rand(1000, generator=generator) < 0.02
+    labels = torch.where(wrong, torch.randint(5, (1000,), generator=generator), labels)
+    decoder = nn.Sequential(nn.Linear(80, 5)).double()
+    (loss,) = fit_linear(decoder, z.__getitem__, make_batches(1000), labels[None])
+    assert loss <= compute_newton_optimum(z, labels, within=1e-6) + SUBOPTIMAL
+
+
+def test_a_norm_before_the_linear_layer_is_absorbed():
+    """Training all parameters of both for long reaches the optimum, and not less."""
+    z = make_features("normal", d=6)
+    labels = make_uncertain_labels(z)
+    decoder = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+    (loss,) = fit_linear(copy.deepcopy(decoder), z.__getitem__, make_batches(len(z)), labels[None])
+    decoder, z = decoder.double(), z.double()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(decoder(z), labels)
+        loss.backward()
+        return loss
+
+    options = {"max_iter": 1000, "tolerance_grad": 1e-9, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(decoder.parameters(), **options)
+    optimizer.step(closure)
+    assert loss - 1e-4 <= closure().item() <= loss + 1e-3
+
+
+def test_the_newton_decrement_is_that_of_the_dense_hessian():
+    z = make_features("collinear").double()
+    labels = make_uncertain_labels(z)
+    for scale in (0, 0.3):
+        W = scale * torch.randn(z.shape[1], 3, dtype=torch.float64)
+        g, H = compute_gradient_and_hessian(z, labels, W)
+        expected = g @ torch.linalg.pinv(H, hermitian=True, rtol=1e-10) @ g
+        assert compute_newton_step(z, labels, W)[1] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_dense_hessian_is_that_of_autograd():
+    z, W = make_features("normal", 30, 3).double(), torch.randn(3, 3, dtype=torch.float64)
+    labels = make_uncertain_labels(z)
+    g, H = compute_gradient_and_hessian(z, labels, W)
+
+    def compute_loss(W: Tensor) -> Tensor:
+        return F.cross_entropy(z @ W, labels)
+
+    torch.testing.assert_close(g.view_as(W), torch.func.grad(compute_loss)(W))
+    torch.testing.assert_close(H.view(3, 3, 3, 3), torch.func.hessian(compute_loss)(W))
+
+
+def test_an_optimum_is_computed_if_its_float64_features_fit(monkeypatch):
+    """Otherwise probes are trained, and come near the optimum."""
+    assert can_fit_linear(make_mlp()[3:], 2**27)  # times 4 features of 8 bytes
+    assert not can_fit_linear(make_mlp()[3:], 2**27 + 1)
+    assert not can_fit_linear(make_mlp()[2:], 90)
+    torch.manual_seed(0)
+    samples, model = make_toy_samples(), make_mlp()
+    optimum = dib.measure(model, 3, samples, 3, make_mlp, probes=Tuned(60), cache_bytes=0)
+    monkeypatch.setattr(linear, "FEATURE_BYTES", 0)
+    trained = dib.measure(model, 3, samples, 3, make_mlp, probes=Tuned(60))
+    for best, probe in zip(optimum, trained, strict=True):
+        assert best.loss != probe.loss
+        assert best.loss - 1e-4 <= probe.loss <= best.loss + 0.02
+
+
+def test_encodings_of_linear_decoders_that_are_not_finite_are_refused():
+    decoder, z = nn.Sequential(nn.Linear(4, 3)), torch.full((20, 4), math.nan)
+    with pytest.raises(ValueError, match="the encodings of a linear decoder are not finite"):
+        fit_linear(decoder, z.__getitem__, make_batches(20), torch.zeros(1, 20, dtype=torch.int64))

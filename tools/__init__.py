@@ -1,0 +1,1 @@
+"""Programs beside train.py, each started as python -m tools.<name> from the folder of the project."""

@@ -1,0 +1,17 @@
+"""Refuse a make target that does not exist, with its new name if it was renamed."""
+
+import sys
+
+from layerwise.schema import RENAMED_TARGETS
+
+
+def main(target: str) -> None:
+    if target in RENAMED_TARGETS:
+        print(f"make {target} is now make {RENAMED_TARGETS[target]}", file=sys.stderr)
+    else:
+        print(f"there is no target {target}: make help lists the targets", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,90 @@
+"""Run several seeds, one after another. A run is started, continued or skipped, depending on what its folder holds.
+
+    python -m tools.sweep 5 --model MLP --data SZT        (seeds 0 to 4; then any flag of train.py)
+
+With --run-dir runs/a the folders are runs/a-seed0 to runs/a-seed4. If a run fails, the others still run. A task of a
+Slurm job array runs only the seed of its own number.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from training import checkpoint, configuration
+from training.terminal import Parser
+
+PROGRAM = Path(__file__).parent.parent / "train.py"
+
+caught: list[int] = []  # signals; after the first no further run is started
+
+
+def main(arguments: list[str] | None = None) -> None:
+    usage, about = "sweep seeds [any flag of train.py]", __doc__.split("\n")[0]
+    parser = Parser(prog="sweep", usage=usage, description=about, allow_abbrev=False)
+    seeds_type = configuration.make_number_type(int, 1)
+    parser.add_argument("seeds", type=seeds_type, help="how many, from 0; then any flag of train.py")
+    args, rest = parser.parse_known_args(arguments)
+    given = configuration.parse(rest)
+    has_seed = any(word.split("=")[0] == "--seed" for word in rest)
+    if given.resume or has_seed or given.tune == "only":
+        parser.error("a sweep sets --seed and --resume itself, and trains: expected no --seed, --resume, --tune only")
+    seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is not None:
+        if task not in map(str, seeds):
+            parser.error(f"SLURM_ARRAY_TASK_ID is {task}, expected one of 0..{args.seeds - 1}, the seeds of the sweep")
+        seeds = [int(task)]
+
+    outcomes, named = {}, given.run_dir
+    for seed in seeds:
+        given.seed, given.run_dir = seed, f"{named}-seed{seed}" if named else None
+        folder = configuration.choose_run_folder(given)
+        outcomes[folder] = finish_run([*rest, "--run-dir", str(folder), "--seed", str(seed)], folder)
+        if caught:
+            break
+    for folder, outcome in outcomes.items():
+        print(f"{folder}: {outcome}")
+    left = len(seeds) - sum(outcome in ("done", "finished before") for outcome in outcomes.values())
+    if left:
+        print(f"sweep: {left} of {len(seeds)} runs are not finished", file=sys.stderr)
+    sys.exit(128 + caught[0] if caught else int(left > 0))
+
+
+def finish_run(words: list[str], folder: Path) -> str:
+    """Run train.py with these flags until the run in the folder is finished. Return the outcome in words."""
+    if (folder / "hparams.json").exists():
+        try:
+            state = checkpoint.load(folder)
+            wanted = configuration.adopt(words, folder, state["hparams"])
+        except (ValueError, OSError) as error:
+            return f"failed: {error}"
+        if state["epoch"] >= wanted.epochs:
+            return "finished before"
+        words = [*words, "--resume"]
+    status = launch(words)
+    if caught:
+        return f"stopped by {signal.Signals(caught[0]).name}; the same command continues"
+    return "done" if status == 0 else f"failed with status {status}"
+
+
+def launch(words: list[str]) -> int:
+    """Run train.py in a process of its own, and return its status.
+
+    SIGTERM is passed on within a second. A SIGINT of the keyboard reaches the process without that.
+    """
+    child = subprocess.Popen([sys.executable, PROGRAM, *words])
+    terminated = False
+    while True:
+        try:
+            return child.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if signal.SIGTERM in caught and not terminated:
+                child.terminate()
+                terminated = True
+
+
+if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: caught.append(number))
+    main()
