@@ -1,27 +1,28 @@
-"""DIB: the decodable (V-) information that an encoder leaves to the decoders of its own architecture.
+"""Decodable information bottleneck (DIB): the information about a labeling that decoders can use in frozen encodings.
 
 An encoder/decoder split k divides a model into the encoder E = model[:k] and the decoder model[k:]. E is frozen with
-its current weights. V_k is the set of all functions that the decoder can be in eval mode, with any trainable parameters
-and any buffers. Parameters that do not require gradients stay as the constructor makes them. For a labeling t of the
-samples,
+its current weights. V_k is the set of all functions that the decoder computes in eval mode, over all values of its
+trainable parameters and buffers. Parameters that do not require gradients have the values that make_model() gives them.
+A labeling t assigns one of C labels to each sample. Its V-entropy is
 
     H_V(t) = inf over V_k of the mean cross-entropy of t given E(x),
 
 and H(t) - H_V(t) is the information about t that a decoder can use. H is the empirical entropy. The unit is nats.
 
-Minimality is the mean information about the labelings of relabel.py, which tell apart the samples of a class.
-Sufficiency is the information about the original labels (Dubois et al., NeurIPS 2020, arXiv 2009.12789). Both are
-information about the samples at hand: they grow as the number of samples decreases.
+Minimality is the mean information over the labelings that relabel.py makes. Together, these labelings distinguish the
+samples of each class. Sufficiency is the information about the original labels (Dubois et al., NeurIPS 2020, arXiv
+2009.12789). Both are measured on a finite number of samples, and both grow as that number decreases.
 
-H_V is not known exactly, but it is at most the loss of any decoder. A probe is a decoder, initialised as at
-construction and trained on E(x). Its `loss` is the mean cross-entropy over all samples with its final weights
-(layerwise/probes). `upper` is the smallest number that H_V is known not to exceed: the loss of the probe, or one of
+H_V cannot be computed exactly. The loss of any decoder is an upper bound on it. A probe is a newly initialised decoder
+that is trained on E(x) (layerwise/probes). Its `loss` is the mean cross-entropy over all samples after training.
+`upper` is the smallest known upper bound on H_V, the minimum of the loss of the probe and
 
-1. `upper` of a deeper split: the layers up to that split, as they are, followed by its decoder, are in V_k.
-2. The loss of the network itself, for the original labels.
-3. The loss of the best constant, if the last layer is linear: H(t) with a bias, log C without one.
+1. `upper` of a deeper split k': the layers model[k:k'], with their current weights, followed by any decoder of split k'
+   are in V_k.
+2. The loss of the network, for the original labels.
+3. The loss of the best constant logits, if the last layer is linear: H(t) if that layer has a bias, log C if not.
 
-1 and 2 hold only if the frozen parameters of the decoder, as constructed, equal those of the model.
+1 and 2 hold only if the frozen parameters of the decoder have the same values in the model and after make_model().
 
 analysis/tables.py computes information from these numbers.
 """
@@ -37,23 +38,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise import checks, devices, processes
-from layerwise.probes import BATCH_SIZE, Streams, Task, Thesis, Tuned, count_steps, fit, make_seed
-from layerwise.probes.decoders import get_type, is_trainable, list_layers
+from layerwise.modes import set_eval_mode
+from layerwise.probes import BATCH_SIZE, Task, Thesis, Tuned, count_steps, fit
+from layerwise.probes.decoders import get_unmodified_type, is_trainable, list_layers
 from layerwise.samples import Samples
 from layerwise.schema import SUBOPTIMAL
+from layerwise.streams import Streams, make_seed
 from relabel import relabel
 
 __all__ = ["ProbeResult", "Samples", "Thesis", "Tuned", "measure", "measure_splits"]
 
 
 class ProbeResult(NamedTuple):
-    """What a probe found about one labeling. Entropies and losses are in nats."""
+    """The result of one probe: a row of dib.csv. Entropies and losses are in nats."""
 
-    permutation: int  # the enumeration of the samples of each class: 0 is data order, 1, 2, ... are random
-    labeling: int | str  # a digit, 0 .. D - 1, or "y" for the original labels
+    permutation: int  # number of the enumeration that the labeling is from: 0 is data order, 1, 2, ... are random
+    labeling: int | str  # index of a digit, 0 for the most significant, or "y" for the original labels
     entropy: float  # H of the labeling
     loss: float  # mean cross-entropy over all samples, with the final weights in eval mode
-    upper: float  # the smallest number that H_V is known not to exceed; at most the loss
+    upper: float  # the smallest known upper bound on H_V
 
 
 def measure(
@@ -70,14 +73,14 @@ def measure(
     batch_size: int = BATCH_SIZE,
     cache_bytes: int = devices.CACHE_BYTES,
 ) -> list[ProbeResult]:
-    """Return the probes of the split at k. measure_splits documents the parameters."""
+    """Return the results of the probes of split k. For the parameters see measure_splits."""
     options = {"probes": probes, "labelings": labelings, "seed": seed, "epoch": epoch}
     options |= {"batch_size": batch_size, "cache_bytes": cache_bytes}
     return measure_splits(model, [k], samples, num_classes, make_model, **options)[k]
 
 
 @devices.disable_tf32()
-@torch.inference_mode(False)  # probes are trained: they need gradients, whatever mode the caller is in
+@torch.inference_mode(False)  # probes are trained with gradients, also if the caller has disabled them
 def measure_splits(
     model: nn.Sequential,
     splits: Iterable[int],
@@ -92,32 +95,37 @@ def measure_splits(
     batch_size: int = BATCH_SIZE,
     cache_bytes: int = devices.CACHE_BYTES,
 ) -> dict[int, list[ProbeResult]]:
-    """Return {k: the probes of split k}: first for the original labels, then for every digit of every enumeration.
+    """Return {k: results}. The first result is that of the original labels, then those of each enumeration follow.
 
     Parameters:
-        model: an nn.Sequential that returns logits (B, C) or wider, in eval mode those of each sample alone.
-        splits: each k, from 0 to len(model) - 1, where the model is split into model[:k] and model[k:].
+        model: an nn.Sequential that returns logits (B, C), or more columns. In eval mode, the logits of a sample must
+            not depend on the other samples of the batch.
+        splits: the splits k to measure, 0 <= k < len(model). Split k has the encoder model[:k] and the decoder
+            model[k:].
         samples: an object with len(), .labels (N,) of integers in 0 .. C - 1, and .batch(indices) -> (inputs, labels),
             which returns the same for a sample each time.
         num_classes: C.
-        make_model: builds the whole model as at construction, with weights from torch's global generators. On CUDA it
-            is called with that device as torch's default, so its random numbers differ from those of a CPU. Probes of
-            half precision are converted to float32.
-        probes: how probes are trained. The default is Tuned with the steps of 30 epochs.
-        labelings: how many enumerations of the samples of each class are used: data order, then random orders that
-            depend on seed alone.
-        seed, epoch: determine all random numbers. Initial weights depend on k and on the labeling as well. Batches are
-            the same for all probes.
-        batch_size: of the steps and of every pass.
-        cache_bytes: how many bytes of encodings are cached. Encodings that do not fit are computed at every step.
+        make_model: a function without arguments that returns a newly initialised model. It must draw the weights from
+            torch's global generators. If the labels are on CUDA, it is called with that device as torch's default
+            device. The initial weights then differ from those on a CPU. Probes of half precision are converted to
+            float32.
+        probes: how probes are trained. By default Tuned(count_steps(30, len(samples))).
+        labelings: the number of enumerations of the samples of each class. The first is in data order, the others are
+            in random orders.
+        seed, epoch: seed the random numbers. The enumerations depend on seed only. The initial weights also depend on k
+            and on the labeling. Batches are the same for all probes.
+        batch_size: the number of samples in a training step and in an evaluation batch.
+        cache_bytes: the number of bytes of encodings that are cached. If the encodings of a split do not fit, they are
+            computed again in every step.
 
-    On CUDA steps use bfloat16 if the GPU has it. Processes that torchrun started share the probes, and must all call.
-    A decoder without trainable parameters is measured as it is. The model, its modes and gradients, and torch's random
-    states stay as they were. autocast, no_grad and inference_mode around the call have no effect.
+    On CUDA, training steps use bfloat16 if the GPU supports it. With torchrun, every process must call this function.
+    The processes share the probes. A decoder without trainable parameters is not trained. The model, the modes of its
+    modules, gradients and torch's random states are not changed. autocast, no_grad and inference_mode around the call
+    have no effect.
 
     Raises:
-        ValueError: for labelings below 1, a k that leaves no decoder, encodings or outputs that are not finite, labels
-            that relabel refuses, and a model, samples or make_model that layerwise/checks.py refuses.
+        ValueError: if labelings < 1, if a split is not in 0 .. len(model) - 1, if encodings or outputs are not finite,
+            or if model, samples or make_model are not valid (see layerwise/checks.py).
     """
     if labelings < 1:
         raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
@@ -128,72 +136,73 @@ def measure_splits(
         return {}
     labels = checks.validate_labels(samples, "DIB")
     keys, targets = make_labelings(labels, num_classes, labelings, seed)
-    device = labels.device
-    cuda = [device] if device.type == "cuda" else []
-
-    def inputs(indices: Tensor) -> Tensor:
-        return samples.batch(indices)[0].clone()  # batch may return a view, and the first layer may work in place
-
+    entropies = [compute_entropy(target, num_classes) for target in targets]
     if probes is None:
         probes = Tuned(count_steps(30, len(labels)))
-    current_device = torch.cuda.device(device) if cuda else nullcontext()  # where CUDA's generator is seeded
-    same_random_states = torch.random.fork_rng(devices=cuda)
-    no_autocast = torch.autocast(device.type, enabled=False)
-    with current_device, same_random_states, no_autocast, set_eval_mode(model):
-        x = checks.validate_inputs(samples, labels, "DIB")
-        streams = Streams(seed, epoch, device)
+
+    def get_inputs(indices: Tensor) -> Tensor:
+        return samples.batch(indices)[0].clone()  # the first layer may work in place, and batch may return a view
+
+    with isolate(model, labels.device):
+        x = checks.read_trial_inputs(samples, labels, "DIB")
+        streams = Streams(seed, epoch, labels.device)
         make = partial(make_probe, make_model, streams)
         reference = make(0, "reference").eval()
-        checks.validate_constructor(model, reference, make(0, "again"), splits[0])
-        refuse_other_frozen(model, reference, splits)
+        checks.validate_made_models(model, reference, make(0, "again"), splits[0])
+        validate_frozen_decoders(model, reference, splits)
         checks.validate_network(model, reference, splits, x, num_classes)
-        task = Task(model, reference, splits, inputs, targets, make, streams)
-        own_loss = compute_own_loss(task, labels, batch_size)
+        task = Task(model, reference, splits, get_inputs, targets, make, streams)
+        network_loss = compute_network_loss(task, labels, batch_size)
         losses = fit(task, probes, batch_size=batch_size, cache_bytes=cache_bytes).tolist()
-    entropies = [compute_entropy(target, num_classes) for target in targets]
-    uppers = compute_upper(task, losses, entropies, own_loss)
-    return {
-        k: [ProbeResult(*key, *values) for key, *values in zip(keys, entropies, of_split, uppers[k], strict=True)]
-        for k, of_split in zip(splits, losses, strict=True)
-    }
+    uppers = compute_upper(task, losses, entropies, network_loss)
+    return {k: collect_results(keys, entropies, losses[i], uppers[k]) for i, k in enumerate(splits)}
+
+
+@contextmanager
+def isolate(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put the model into eval mode, disable autocast, and restore torch's random states afterwards."""
+    cuda = [device] if device.type == "cuda" else []
+    current_device = torch.cuda.device(device) if cuda else nullcontext()  # manual_seed seeds the current device
+    no_autocast = torch.autocast(device.type, enabled=False)
+    with current_device, torch.random.fork_rng(devices=cuda), no_autocast, set_eval_mode(model):
+        yield
+
+
+def collect_results(
+    keys: list[tuple[int, int | str]], entropies: list[float], losses: list[float], uppers: list[float]
+) -> list[ProbeResult]:
+    """Return the results of one split. keys: (enumeration, labeling) of each probe."""
+    return [
+        ProbeResult(permutation=enumeration, labeling=labeling, entropy=entropy, loss=loss, upper=upper)
+        for (enumeration, labeling), entropy, loss, upper in zip(keys, entropies, losses, uppers, strict=True)
+    ]
 
 
 def make_probe(make_model: Callable[[], nn.Sequential], streams: Streams, k: int, *words: object) -> nn.Sequential:
-    """Construct a decoder of split k, with weights from the random stream of the words."""
-    streams.start(*words, k)
+    """Construct a decoder of split k. words: name the random stream of its initial weights."""
+    streams.seed_generators(*words, k)
     probe = checks.call_make_model(make_model, streams.device)[k:].to(streams.device)
     has_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in probe.parameters())
     return probe.float() if has_half else probe
 
 
-def refuse_other_frozen(model: nn.Sequential, reference: nn.Sequential, splits: list[int]) -> None:
-    """Raise ValueError for a decoder without trainable parameters whose values differ from the model's.
+def validate_frozen_decoders(model: nn.Sequential, reference: nn.Sequential, splits: list[int]) -> None:
+    """Raise ValueError if a decoder has no trainable parameters and its parameters differ from the model's.
 
-    V_k would be one function, which has nothing to do with the model.
+    V_k would then consist of one function, which does not depend on the model.
     """
     for k in splits:
         if not is_trainable(reference[k:]) and not has_same_frozen(model[k:], reference[k:]):
             raise ValueError(
-                f"DIB: make_model() freezes all of the decoder model[{k}:], with other values than the model's"
+                f"DIB: all parameters of the decoder model[{k}:] are frozen, and the values that make_model() returns "
+                "differ from the model's"
             )
-
-
-@contextmanager
-def set_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and afterwards each module into the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def make_labelings(
     labels: Tensor, num_classes: int, labelings: int, seed: int
 ) -> tuple[list[tuple[int, int | str]], Tensor]:
-    """Return [(enumeration, labeling), ...] and the labelings (J, N): first the labels, then the digits."""
+    """Return the keys [(enumeration, labeling), ...] and the labelings (J, N). The first labeling is the labels."""
     keys, targets = [(0, "y")], [labels]
     generator = torch.Generator().manual_seed(make_seed("enumerations", seed))
     order = torch.arange(len(labels), device=labels.device)
@@ -206,53 +215,52 @@ def make_labelings(
 
 
 def compute_entropy(labels: Tensor, num_classes: int) -> float:
-    """Return -sum_c p_c log p_c of the empirical distribution p of labels (N,), in nats."""
+    """Return the empirical entropy of labels (N,), -sum_c p_c log p_c, in nats."""
     p = torch.bincount(labels, minlength=num_classes).double() / len(labels)  # (C,)
     return torch.special.entr(p).sum().item()
 
 
 def compute_upper(
-    task: Task, losses: list[list[float]], entropies: list[float], own_loss: float
+    task: Task, losses: list[list[float]], entropies: list[float], network_loss: float
 ) -> dict[int, list[float]]:
-    """Return {k: `upper` of each labeling}, in nats.
+    """Return {k: `upper` of each labeling}, in nats. The module docstring numbers the bounds.
 
-    losses: of the probes, a list for each split. entropies: of the labelings, the original labels first. own_loss: that
-    of the network itself.
+    losses: of the probes, a list for each split. entropies: of the labelings. network_loss: for the original labels,
+    which are the first labeling.
     """
-    uppers, unknown, after = {}, [inf] * len(entropies), None
-    deeper = unknown
+    uppers, deeper = {}, None  # deeper: the split before, which is the next deeper one
     for k, of_split in zip(reversed(task.splits), reversed(losses), strict=True):
         decoder = task.reference[k:]
-        if after and shares_any_parameter(task.reference[k:after], task.reference[after:]):
-            deeper = unknown  # layers that share parameters with the deeper decoder cannot stay as they are
-        constants, own = [compute_constant_loss(decoder, H) for H in entropies], [own_loss, *unknown[1:]]
-        if not has_same_frozen(task.model[k:], decoder):  # neither the model's layers nor its decoder are in V_k
-            deeper = own = unknown
-        known = [of_split, deeper, constants, own]
-        uppers[k] = deeper = [min(filter(isfinite, values), default=nan) for values in zip(*known, strict=True)]
-        after = k
+        bounds = [of_split, [compute_constant_loss(decoder, entropy) for entropy in entropies]]
+        if has_same_frozen(task.model[k:], decoder):  # else bounds 1 and 2 do not hold
+            bounds.append([network_loss] + [inf] * (len(entropies) - 1))
+            # Layers that share parameters with the deeper decoder change when it is trained.
+            if deeper is not None and not shares_any_parameter(task.reference[k:deeper], task.reference[deeper:]):
+                bounds.append(uppers[deeper])
+        uppers[k] = [min(filter(isfinite, of_labeling), default=nan) for of_labeling in zip(*bounds, strict=True)]
+        deeper = k
     return uppers
 
 
 def compute_constant_loss(decoder: nn.Sequential, entropy: float) -> float:
-    """Return the loss of the best constant that the decoder can be, for a labeling of that entropy, in nats.
+    """Return the loss of the best constant logits, for a labeling with the given entropy, in nats.
 
-    Return inf if the decoder cannot be a constant.
+    Return inf if it is not known whether the decoder can return constant logits.
     """
     last = list_layers(decoder)[-1]
-    if get_type(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
+    if get_unmodified_type(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
         return inf
     return log(last.out_features) if last.bias is None else entropy
 
 
 def compute_suboptimal_share(results: Iterable[ProbeResult]) -> float:
-    """Return the share of the probes that are known suboptimal: some decoder is known to have a lower loss."""
-    above = [not result.loss - result.upper <= SUBOPTIMAL for result in results]  # counts a loss that is NaN
+    """Return the share of the probes that are known suboptimal: their loss exceeds `upper` by more than SUBOPTIMAL."""
+    above = [not result.loss - result.upper <= SUBOPTIMAL for result in results]  # `not <=`, so that NaN counts
     return sum(above) / len(above)
 
 
 def has_same_frozen(own: nn.Module, constructed: nn.Module) -> bool:
-    """Return whether all parameters that are frozen as constructed have the values of the model."""
+    """Return whether all parameters that are frozen in `constructed` have the same values in `own`."""
     values = dict(own.named_parameters())
     return all(p.requires_grad or torch.equal(p, values[name].to(p)) for name, p in constructed.named_parameters())
 
@@ -263,8 +271,8 @@ def shares_any_parameter(first: nn.Module, second: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def compute_own_loss(task: Task, labels: Tensor, batch_size: int) -> float:
-    """Return the mean cross-entropy of the model itself, in nats.
+def compute_network_loss(task: Task, labels: Tensor, batch_size: int) -> float:
+    """Return the mean cross-entropy of the model over all processes, in nats.
 
     Raises ValueError if the encodings of a split or the outputs are not finite.
     """

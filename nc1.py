@@ -1,67 +1,54 @@
 """NC1, within-class variability collapse, at the layers of a model: tr(Sigma_W pinv(Sigma_B)).
 
-N samples, C classes, n_c samples of class c, h in R^d the flattened activation of a layer. With mu_c the class means,
-mu the mean over all samples and M = [mu_1 - mu, ..., mu_C - mu] (d x C),
+Let N be the number of samples, C the number of classes, n_c the number of samples of class c, and h in R^d the
+flattened activation of a layer. With mu_c the class means, mu the mean over all samples and
+M = [mu_1 - mu, ..., mu_C - mu] (d x C),
 
     Sigma_B = M M^T / C        Sigma_W = (1/N) sum_i (h_i - mu_c(i)) (h_i - mu_c(i))^T.
 
-d reaches 10^5, so no d x d matrix is formed. With the singular value decomposition M = U S V^T, of rank r <= C - 1, and
-P = S^-1 U^T (r x d),
+d can be 10^5, so the d x d matrices are not formed. Instead, with the singular value decomposition M = U S V^T, of rank
+r <= C - 1, and P = S^-1 U^T (r x d),
 
     tr(Sigma_W pinv(Sigma_B)) = (C/N) sum_i || P (h_i - mu_c(i)) ||^2.
 
-NC1 has no unit. It is not divided by C; Papyan, Han & Donoho (PNAS 2020) divide. `collapse` computes it for one matrix
-of activations. `measure` computes it for the layers of a model, in two passes over the samples: one for the class means
-(ClassMeans), one for the sum (Scatter).
+NC1 has no unit. Unlike in Papyan, Han & Donoho (PNAS 2020), it is not divided by C. `collapse` computes it for one
+matrix of activations. `measure` computes it for the layers of a model, in two passes over the activations: the first
+computes the class means (ClassMeans), the second the sum above (Scatter).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from layerwise import checks, devices, processes
+from layerwise.activations import Recorder, count_chunk_rows, make_forward
+from layerwise.modes import set_eval_mode
 from layerwise.samples import Samples
 
 __all__ = ["ClassMeans", "Collapse", "Samples", "Scatter", "collapse", "measure"]
 
-# Singular values of M below so many eps of the activations, times the largest, count as rounding: 1e-6 in float32.
-# Rounding was seen at 5e-9 to 6e-6. No tolerance is right for all networks, so `kept` and `dropped` stand beside NC1.
+# Singular values of M below RANK_TOLERANCE * eps times the largest are treated as zero. eps is that of the dtype of the
+# activations: in float32 the threshold is 1e-6. In experiments, rounding errors were 5e-9 to 6e-6 of the largest
+# singular value. No single tolerance suits all networks, so `kept` and `dropped` are reported together with NC1.
 RANK_TOLERANCE = 8
-
-# Networks of these layers alone, with at most SMALL parameters, run in float64. In float32 rounding hides directions of
-# the class means of deep saturated layers, or adds some, and NC1 changes by orders of magnitude. float64 takes 1.5 to
-# 2.2 times as long: at this size 0.1 s instead of 0.05 s for 7,000 samples on a core.
-SMALL = 200_000
-ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
-MLP_LAYERS = (nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.Linear, *ELEMENTWISE)
-
-# Bytes of activations that are converted to float64 at a time. Larger chunks were slower on a CPU. On CUDA 8 MiB take
-# less time than the launch of a kernel (an estimate).
-CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 
 
 class Collapse(NamedTuple):
-    """NC1 of a layer, and how reliable its rank is.
+    """NC1 of a layer, the rank of its class means, and how reliable that rank is."""
 
-    kept and dropped: the smallest singular value of M that counts towards the rank and the largest that does not, as
-    shares of the largest. At full rank, min(d, C - 1), dropped is 0. At rank 0, nc1 and kept are NaN, and dropped is 1,
-    or NaN if M is 0.
-    """
-
-    dim: int
-    rank: int
-    nc1: float
-    kept: float
-    dropped: float
+    dim: int  # d
+    rank: int  # of M
+    nc1: float  # NaN at rank 0
+    # Shares of the largest singular value of M:
+    kept: float  # the smallest singular value that counts towards the rank; NaN at rank 0
+    dropped: float  # the largest singular value that does not count; 0 at full rank min(d, C - 1), NaN if M is 0
 
 
 def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
-    """Return NC1 of activations h (N, d), floating-point, of classes y (N,) in 0 .. C - 1, each with a sample."""
+    """Return NC1 of floating-point activations h (N, d) with classes y (N,). Every class 0 .. C - 1 has a sample."""
     (N, d), C = h.shape, num_classes
     counts = torch.bincount(y, minlength=C).double()  # n_c
     means = h.new_zeros(C, d, dtype=torch.float64).index_add_(0, y, h.double()) / counts[:, None]  # mu_c
@@ -73,20 +60,20 @@ def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
 def compute_projection(
     means: Tensor, counts: Tensor, eps: float, origin: Tensor | None = None
 ) -> tuple[Tensor, float, float]:
-    """Return P = S^-1 U^T (r, d) of M = U S V^T, and kept and dropped of Collapse. r is the rank of M.
+    """Return (P, kept, dropped). P = S^-1 U^T (r, d) has the r singular values of M = U S V^T that count.
 
-    means: the class means (C, d) minus origin, float64. counts: n_c (C,), float64. eps: that of the dtype of the
-    activations. A singular value counts towards the rank if it exceeds RANK_TOLERANCE eps times the largest, and
-    sqrt(C) eps times the length of the longest class mean. The latter is the largest singular value that M can have
-    if each number in the class means is off by eps.
+    means: the class means (C, d) minus origin, float64. counts: n_c (C,), float64. eps: machine epsilon of the dtype of
+    the activations. A singular value counts if it exceeds RANK_TOLERANCE eps times the largest, and sqrt(C) eps times
+    the length of the longest class mean. The second is the largest singular value that a relative error of eps in the
+    class means can give M.
     """
     C, d = means.shape
     mu = counts @ means / counts.sum()  # (d,)
-    Mt = (means - mu).cpu()  # (C, d): small, and LAPACK gives the same rank for every device
+    Mt = (means - mu).cpu()  # (C, d): a small matrix. On the CPU the rank is the same for every device
     _, S, Ut = torch.linalg.svd(Mt, full_matrices=False)  # M^T = V S U^T: (min(d, C),), (min(d, C), d)
     longest = (means if origin is None else means + origin).norm(dim=1).max().item()
     floor = max(RANK_TOLERANCE * eps * S[0].item(), C**0.5 * eps * longest)
-    most = min(d, C - 1)  # the columns of M times n_c sum to 0
+    most = min(d, C - 1)  # the columns of M, weighted by n_c, sum to 0
     r, shares = int((S[:most] > floor).sum()), (S / S[0]).tolist()
     P = (Ut[:r] / S[:r, None]).to(means.device)
     return P, shares[r - 1] if r else float("nan"), shares[r] if r < most else 0.0
@@ -95,12 +82,12 @@ def compute_projection(
 class ClassMeans:
     """Accumulate the class means of the activations of a layer.
 
-    first: the activation of one sample, (1, d). All processes use that of the first process. counts: n_c (C,).
+    first: the activation of one sample, (1, d), which is broadcast from the first process. counts: n_c (C,).
     """
 
     def __init__(self, first: Tensor, counts: Tensor):
         self.eps, self.counts = torch.finfo(first.dtype).eps, counts.double().to(first.device)
-        # Sums of float64 numbers far from 0 lose digits that the numbers have, so they are taken from an origin.
+        # float64 activations are shifted by an origin: the sum of numbers far from 0 is less accurate than the numbers.
         self.origin = first if first.dtype == torch.float64 else None
         if self.origin is not None:
             processes.broadcast(self.origin)
@@ -112,13 +99,13 @@ class ClassMeans:
             self.sums.index_add_(0, y_part, h_part)
 
     def compute(self) -> Tensor:
-        """Return mu_c minus the origin, (C, d) float64, over all processes; not finite if an activation is not."""
+        """Return mu_c minus the origin, (C, d) float64, over all processes. Not finite if an activation is not."""
         processes.all_reduce_sum(self.sums)
         return self.sums / self.counts[:, None]
 
 
 class Scatter:
-    """Accumulate sum_i || P (h_i - mu_c(i)) ||^2 of a layer whose class means are known."""
+    """Accumulate sum_i || P (h_i - mu_c(i)) ||^2. means: what class_means.compute() returned."""
 
     def __init__(self, class_means: ClassMeans, means: Tensor):
         self.origin, counts = class_means.origin, class_means.counts
@@ -130,7 +117,7 @@ class Scatter:
     def update(self, h: Tensor, y: Tensor) -> None:
         """Add activations h (B, d) of classes y (B,).
 
-        Computed as || P h - P mu_c ||^2. What float64 loses in that difference is below the rounding of h.
+        The sum uses || P h - P mu_c ||^2. Its rounding error in float64 is smaller than that of h.
         """
         for h_part, y_part in convert_to_float64(h, y, self.origin):
             self.total += (self.P @ h_part.T - self.centres[:, y_part]).square().sum()  # (r, b)
@@ -152,95 +139,59 @@ def measure(
     batch_size: int = 400,
     cache_bytes: int = devices.CACHE_BYTES,
 ) -> dict[str, Collapse]:
-    """Return {name: NC1 of the outputs of that layer}: what `collapse` returns for them, for any batch size.
+    """Return {name: NC1 of the output of that layer}. The result does not depend on batch_size.
 
     Parameters:
-        model: in any mode. It is measured in eval mode with the weights it has. A network of MLP_LAYERS alone, with at
-            most SMALL float32 parameters, runs in float64.
+        model: is measured in eval mode. A network of linear and elementwise layers with at most 200,000 float32
+            parameters runs in float64.
         layers: modules of the model by name. Each is called once in a forward pass, with an output (B, ...).
         samples: an object with len(), .labels (N,) of integers in 0 .. C - 1, each class present, and
             .batch(indices) -> (inputs, labels), which returns the same for a sample each time.
         num_classes: C.
-        batch_size: of the passes.
-        cache_bytes: how many bytes of activations are cached in the first pass, from the deepest layer on. For the
-            other layers the model runs a second time, up to the deepest of them.
+        batch_size: the number of samples in a forward pass.
+        cache_bytes: the number of bytes of activations that are cached in the first pass, the deepest layers first. For
+            the other layers the model runs a second time.
 
-    Processes that torchrun started share the batches, and must all call. The model, its modes and the samples stay as
-    they were.
+    With torchrun, every process must call this function. The processes share the batches. The model, the modes of its
+    modules and the samples are not changed.
 
     Raises:
-        ValueError: for labels that are not such a tensor, for a class without samples, and, naming the layer, for a
-            layer that is not called exactly once, and for outputs that are not floating-point tensors, have no row for
-            each sample, depend on the other samples of the batch, or are not finite.
+        ValueError: if labels are not valid, if a class has no samples, if a layer is not called exactly once, or if its
+            output is not a finite floating-point tensor (B, ...) that is independent of the other samples.
     """
-    if not isinstance(layers, dict) or batch_size < 1:
-        raise ValueError(
-            f"NC1: layers must be a dict and batch_size at least 1, got {type(layers).__name__} and {batch_size}"
-        )
+    if not isinstance(layers, dict):
+        raise ValueError(f"NC1: layers must be a dict, got {type(layers).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"NC1: batch_size must be at least 1, got {batch_size}")
     labels = validate_classes(samples, num_classes)
     if not layers:
         return {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.autocast(labels.device.type, enabled=False):
-            found = measure_in_eval_mode(model, layers, samples, labels, num_classes, batch_size, cache_bytes)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with set_eval_mode(model), torch.autocast(labels.device.type, enabled=False):
+        recorder = Recorder(make_forward(model), layers, checks.read_trial_inputs(samples, labels, "NC1"))
+        recorder.choose_cached(len(labels), cache_bytes)
+        found = run_passes(recorder, samples, labels, num_classes, batch_size)
     return {name: found[name] for name in layers}
 
 
-def measure_in_eval_mode(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    samples: Samples,
-    labels: Tensor,
-    num_classes: int,
-    batch_size: int,
-    cache_bytes: int,
+def run_passes(
+    recorder: Recorder, samples: Samples, labels: Tensor, num_classes: int, batch_size: int
 ) -> dict[str, Collapse]:
-    """Return what `measure` returns, in order of depth, for a model in eval mode and labels that are validated."""
-    run, outputs, overwritten = try_layers(make_forward(model), layers, checks.validate_inputs(samples, labels, "NC1"))
-    layers = {name: layers[name] for name in outputs}  # in the order in which they are called: by depth
+    """Return {name: NC1} by depth: add all activations to the class means, then to the scatter."""
     counts = torch.bincount(labels, minlength=num_classes)
-    class_means = {name: ClassMeans(h[:1], counts) for name, h in outputs.items()}
-
-    cached: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name in reversed(layers):
-        needed = len(labels) * outputs[name][:1].nbytes
-        if needed > cache_bytes:
-            break  # the second pass has to go this deep in any case
-        cached[name], cache_bytes = [], cache_bytes - needed
-
-    batches = iterate_batches(samples, labels, batch_size, "NC1 class means")
-    for activations, y in iterate_activations(run, layers, overwritten, batches):
-        for name, h in activations.items():
-            if name in cached:
-                cached[name].append((h, y.to(h.device)))
-            else:
-                class_means[name].update(h, y.to(h.device))
-    for name, its_batches in cached.items():
-        for h, y in join_batches(its_batches):
-            class_means[name].update(h, y)
-
+    class_means = {name: ClassMeans(first, counts) for name, first in recorder.first.items()}
+    for name, h, y in recorder.iterate(iterate_batches(samples, labels, batch_size, "NC1 class means")):
+        class_means[name].update(h, y.to(h.device))
+        del h  # its memory is free for the next forward pass
     scatter = {}
-    for name in layers:  # an activation that is not finite makes those of deeper layers not finite: name the first
+    for name in recorder.layers:  # the first layer that is not finite is reported: the deeper ones follow from it
         means = class_means[name].compute()
         if not means.isfinite().all():
             raise ValueError(f"NC1: the activations of layer {name!r} are not finite")
-        scatter[name] = Scatter(class_means.pop(name), means)
-
-    for name, its_batches in cached.items():
-        for h, y in join_batches(its_batches):
-            scatter[name].update(h, y)
-    again = {name: layer for name, layer in layers.items() if name not in cached}
-    if again:
-        batches = iterate_batches(samples, labels, batch_size, "NC1 distances")
-        for activations, y in iterate_activations(run, again, overwritten, batches):
-            for name, h in activations.items():
-                scatter[name].update(h, y.to(h.device))
-    return {name: scatter[name].compute() for name in layers}
+        scatter[name] = Scatter(class_means.pop(name), means)  # pop: the memory of the sums is free again
+    for name, h, y in recorder.iterate(iterate_batches(samples, labels, batch_size, "NC1 distances")):
+        scatter[name].update(h, y.to(h.device))
+        del h  # its memory is free for the next forward pass
+    return {name: of_layer.compute() for name, of_layer in scatter.items()}
 
 
 def validate_classes(samples: Samples, num_classes: int) -> Tensor:
@@ -254,45 +205,15 @@ def validate_classes(samples: Samples, num_classes: int) -> Tensor:
         )
     empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"NC1: every class needs samples, got none of class {', '.join(map(str, empty))}")
+        raise ValueError(f"NC1: expected a sample of every class, got none of class {', '.join(map(str, empty))}")
     return labels
 
 
-def make_forward(model: nn.Module) -> Callable[[Tensor], object]:
-    """Return the model, or, for a small MLP, a function that runs it with its parameters in float64."""
-    for m in model.modules():
-        if type(m) not in MLP_LAYERS or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
-            return model
-    params = dict(model.named_parameters())
-    is_small = 0 < sum(p.numel() for p in params.values()) <= SMALL
-    if not is_small or any(p.dtype != torch.float32 for p in params.values()):
-        return model
-    params = {name: p.detach().double() for name, p in params.items()}
-    return lambda x: functional_call(model, params, (x.double(),))
-
-
-def try_layers(run: Callable, layers: dict[str, nn.Module], x: Tensor) -> tuple[Callable, dict[str, Tensor], set[str]]:
-    """Run the model on a few inputs x (B, ...), and see how its layers have to be recorded.
-
-    Returns how to run the model, the outputs {name: (B, d)} in the order in which the layers are called, and the names
-    of the outputs that a later layer overwrites in place. These are copied in the passes. Copying all would take a
-    tenth of the time. Raises ValueError for outputs that depend on the other samples or change from call to call.
-    """
-    outputs = record_outputs(run, layers, set(layers), x.clone())
-    of_some = record_outputs(run, layers, set(layers), x[::2].clone())
-    given = x.clone()
-    afterwards = record_outputs(run, layers, set(), given)
-    for name, h in outputs.items():
-        checks.refuse_mixing(f"NC1: layer {name!r}", h[::2], of_some[name])
-    overwritten = {name for name, h in outputs.items() if not torch.equal(h, afterwards[name])}
-    return (run if torch.equal(given, x) else lambda x: run(x.clone())), outputs, overwritten
-
-
 def iterate_batches(samples: Samples, labels: Tensor, batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (inputs, classes y (B,)) in data order, the share of this process, with a progress bar.
+    """Yield (inputs, classes (B,)) of the batches of this process, in data order, and show a progress bar.
 
-    Raises ValueError for inputs without a row for each index, and at the end if samples.batch returned other labels
-    than `labels`.
+    Raises ValueError for inputs without a row for each index, and after the last batch if samples.batch returned labels
+    that differ from `labels`.
     """
     shares = processes.take_share(torch.arange(len(labels), device=labels.device).split(batch_size))
     differ = torch.zeros((), dtype=torch.bool, device=labels.device)
@@ -302,90 +223,12 @@ def iterate_batches(samples: Samples, labels: Tensor, batch_size: int, title: st
             raise ValueError(f"NC1: samples.batch(indices) returns {len(x)} inputs for {len(indices)} indices")
         differ |= (y != labels[indices]).any()
         yield x, labels[indices]
-    if differ:  # read once, at the end: each read waits for CUDA
-        raise ValueError("NC1: samples.batch(indices) returns other labels than samples.labels[indices]")
-
-
-def iterate_activations(
-    run: Callable, layers: dict[str, nn.Module], copied: set[str], batches: Iterator[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield ({name: activations (B, d)}, classes y (B,)) of every batch. The forward pass ends at the last layer."""
-    *_, last = layers
-    for x, y in batches:
-        yield record_outputs(run, layers, copied, x, last), y
-
-
-class _EndOfForwardPass(BaseException):
-    """Raised in the deepest layer that is needed. No `except Exception` in a model catches it."""
-
-
-@torch.no_grad()
-def record_outputs(
-    run: Callable, layers: dict[str, nn.Module], copied: set[str], x: Tensor, last: str | None = None
-) -> dict[str, Tensor]:
-    """Run the model on inputs x (B, ...), and return {name: output (B, d)} in the order in which layers are called.
-
-    copied: layers whose output is copied, as a later layer overwrites it. last: the layer at which the forward pass
-    ends. Raises ValueError for a layer that is not called exactly once, or whose output is not (B, ...).
-    """
-    outputs: dict[str, Tensor] = {}
-    calls: list[str] = []
-
-    def make_hook(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            calls.append(name)
-            h = flatten_output(name, output, len(x))
-            outputs[name] = h.clone() if name in copied else h
-            if name == last:
-                raise _EndOfForwardPass
-
-        return hook
-
-    handles = [layer.register_forward_hook(make_hook(name)) for name, layer in layers.items()]
-    try:
-        with suppress(_EndOfForwardPass):
-            run(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if (count := calls.count(name)) != 1:
-            raise ValueError(f"NC1: layer {name!r} is called {count} times in a forward pass, expected once")
-    return outputs
-
-
-def flatten_output(name: str, output: object, B: int) -> Tensor:
-    """Return an output (B, ...) as (B, d). Features are in the order of memory with channels last, which is no copy."""
-    is_valid = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.numel()
-    if not is_valid or len(output) != B:
-        raise ValueError(
-            f"NC1: layer {name!r} returns {checks.describe(output)}, "
-            f"expected a floating-point tensor of shape ({B}, ...)"
-        )
-    return output.detach().movedim(1, -1).flatten(1)
-
-
-def count_chunk_rows(h: Tensor) -> int:
-    """Return how many rows of activations h (B, d) are converted to float64 at a time."""
-    return max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cpu"]) // (8 * h.shape[1]))
+    if differ:  # checked once, after the last batch, because reading it synchronises CUDA
+        raise ValueError("NC1: samples.batch(indices) must return samples.labels[indices], got different labels")
 
 
 def convert_to_float64(h: Tensor, y: Tensor, origin: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the activations h (B, d), minus origin (1, d) if there is one, and y (B,) in float64 chunks of rows."""
+    """Yield (h - origin, y) in chunks of rows, with h (B, d) converted to float64. None as origin is 0."""
     rows = count_chunk_rows(h)
     for h_part, y_part in zip(h.split(rows), y.split(rows), strict=True):
         yield h_part.double() if origin is None else h_part - origin, y_part
-
-
-def join_batches(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches (h, y), joined to as many rows as are converted to float64 at a time."""
-    if not batches:
-        return
-    h = batches[0][0]
-    together = max(1, count_chunk_rows(h) // len(h))  # batches
-    for i in range(0, len(batches), together):
-        if together == 1:
-            yield batches[i]
-        else:
-            h_parts, y_parts = zip(*batches[i : i + together], strict=True)
-            yield torch.cat(h_parts), torch.cat(y_parts)

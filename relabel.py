@@ -1,22 +1,22 @@
-"""Algorithm 1: labelings that tell apart the samples of a class, in exact integer arithmetic."""
+"""Labelings that distinguish the samples of each class, computed in integer arithmetic."""
 
 import torch
 from torch import Tensor
 
 
 def relabel(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the index of each sample within its class in base C. Digit k of all samples is labeling k.
+    """Return the index of each sample within its class, written in base C. Digit j of all samples is labeling j.
 
     The samples of each class are enumerated 0 .. n_c - 1 in data order. The index is written with the most significant
-    digit first, padded to D = max(1, ceil(log_C(max_c n_c))) digits. The D labelings together identify every sample of
-    a class. Each of them has C labels, as many as the decoder has outputs.
+    digit first, padded to D = max(1, ceil(log_C(max_c n_c))) digits. Together, the D labelings identify every sample
+    of a class. Each labeling has at most C different labels.
 
     labels: (N,) int64 in 0 .. C - 1, in any order; a class may be absent.
     Returns (N, D) int64, digits in 0 .. C - 1.
     Raises ValueError for C < 2, for labels that are not 1-D, not int64 or outside 0 .. C - 1.
     Source: Dubois et al., "Learning optimal representations with the decodable information bottleneck", NeurIPS 2020
-    (arXiv 2009.12789), Algorithm 1, modified: the enumeration is in data order, and D is computed without logarithms,
-    which in floating point give the wrong D at exact powers of C.
+    (arXiv 2009.12789), Algorithm 1, with two changes. The samples are enumerated in data order. D is computed without
+    logarithms, which in floating point give the wrong D if max_c n_c is a power of C.
     """
     C = num_classes
     if C < 2:
@@ -35,4 +35,4 @@ def relabel(labels: Tensor, num_classes: int) -> Tensor:
     largest, D = counts.max().item(), 1
     while C**D < largest:
         D += 1
-    return torch.stack([index // C**k % C for k in reversed(range(D))], dim=1)  # (N, D)
+    return torch.stack([index // C**j % C for j in reversed(range(D))], dim=1)  # (N, D)

@@ -1,4 +1,4 @@
 import os
 
-# A notebook sets a backend of its own for the programs that it starts, and they cannot load it.
+# A notebook exports MPLBACKEND to its subprocesses, which cannot load that backend. Figures are written with agg.
 os.environ["MPLBACKEND"] = "agg"

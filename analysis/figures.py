@@ -1,4 +1,7 @@
-"""Draw the figures of one or several groups of runs: a function for each figure. gallery.py has their captions."""
+"""Draw the figures, with one function for each figure. gallery.py has the captions.
+
+A group (tables.py) is a set of runs that differ only in their seed.
+"""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -11,16 +14,27 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
-from analysis.tables import INPUT, MEAN_SD, SUBOPTIMAL_BITS, Group, average_over_seeds, choose_log_spaced
+from analysis.reading import INPUT, SETS
+from analysis.statistics import (
+    QUANTITIES,
+    SUBOPTIMAL_BITS,
+    add_depth,
+    average_over_seeds,
+    choose_log_spaced,
+    compute_gap,
+    compute_gaps,
+    explain_unequal_sets,
+    fit_lines,
+    is_in_line,
+)
+from analysis.tables import MEAN_SD, Group
 
 NC1 = r"NC1: tr($\Sigma_W\,\Sigma_B^{+}$), no unit"
-SHORT = "rank below\nmin(d, C − 1)"
-MEASURES = ("minimality", "sufficiency")
-MINIMALITY = "minimality (bits)"
+RANK_DEFICIENT = "rank below\nmin(d, C − 1)"
 
 
-def add_strips(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBase, Group]]:
-    """Yield a strip of the figure for each group. If there are several, each has the label of its group as title."""
+def add_subfigures(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBase, Group]]:
+    """Yield a subfigure for each group. If there are several groups, each subfigure has the group's label as title."""
     for part, group in zip(fig.subfigures(len(groups), squeeze=False)[:, 0], groups, strict=True):
         if len(groups) > 1:
             part.suptitle(style.escape_dollars(group.label), fontsize="medium", fontweight="bold")
@@ -28,71 +42,62 @@ def add_strips(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBase, G
 
 
 def add_panels(fig: FigureBase, group: Group, down: int = 1, **shared) -> np.ndarray:
-    """Return a column of panels for each set, as an array (down, sets)."""
+    """Add panels with one column for each set. Return them as an array (down, len(group.sets))."""
     axes = fig.subplots(down, len(group.sets), squeeze=False, **shared)
     for axis, name in zip(axes[0], group.sets, strict=True):
         axis.set_title(f"{name} set", fontsize="medium")
     return axes
 
 
-def share_scale(fig: Figure, groups: list[Group], *along: str) -> None:
-    """Give panels of the same quantity on the same data the same scale in all strips, so that they can be compared.
+def share_scale(fig: Figure, groups: list[Group], *directions: str) -> None:
+    """Set equal axis limits for all panels that show the same quantity for the same data set.
 
-    along: the axes that get the same scale, "x" or "y".
+    directions: "x", "y" or both.
     """
     alike: dict[tuple, list[Axes]] = {}
     for part, group in zip(fig.subfigs, groups, strict=True):
         for axis in part.axes:
-            if axis.get_ylabel() and axis.get_label() != "<colorbar>":  # each row of panels shares one
+            # Only the first panel of a row has a label. The others share its limits.
+            if axis.get_ylabel() and axis.get_label() != "<colorbar>":
                 alike.setdefault((axis.get_ylabel(), group.hparams[0]["data"]), []).append(axis)
-    for direction in along:
+    for direction in directions:
         for axes in alike.values():
             limits = [getattr(axis, f"get_{direction}lim")() for axis in axes]
             for axis in axes:
                 getattr(axis, f"set_{direction}lim")(min(low for low, _ in limits), max(high for _, high in limits))
 
 
-def draw_curve(
-    axis: Axes,
-    line: pd.DataFrame,
-    label: str | None,
-    dash: str,
-    look: dict,
-    width: float | None = None,
-    log: bool = False,
-) -> None:
-    """Draw the mean over seeds by the index (epoch or steps), in a band of one standard deviation.
+def draw_curve(axis: Axes, line: pd.DataFrame, label: str | None, look: dict, log: bool = False) -> None:
+    """Plot the mean over seeds against the index (epoch or steps), with a band of one standard deviation.
 
-    log: whether markers are spaced evenly on a log axis, or by the number of points.
+    look: options of axis.plot, among them color. log: whether markers are evenly spaced on a log axis. If False, every
+    n-th point has a marker.
     """
-    short = line.get("short", pd.Series(False, line.index))
+    deficient = line.get("rank_deficient", pd.Series(False, line.index))
     marked = range(0, len(line), style.compute_stride(len(line)))
     if log:
         marked = line.index.get_indexer(choose_log_spaced(list(line.index), 15))
-    every = [int(i) for i in marked if not short.iloc[i]]
-    axis.plot(line.index, line["mean"], label=label, markevery=every, linestyle=dash, linewidth=width, **look)
-    draw_crosses(axis, line["mean"][short], look)
+    every = [int(i) for i in marked if not deficient.iloc[i]]
+    axis.plot(line.index, line["mean"], label=label, markevery=every, **look)
+    draw_crosses(axis, line["mean"][deficient], look["color"])
     if (line["high"] > line["low"]).any():
         axis.fill_between(line.index, line["low"], line["high"], color=look["color"], alpha=0.2, linewidth=0)
 
 
-def draw_crosses(axis: Axes, short: pd.Series, look: dict) -> None:
-    """Draw NC1 of layers of short rank by the index, or some of the points if there are many."""
-    short = short[:: style.compute_stride(len(short))]
-    axis.plot(short.index, short, linestyle="", zorder=3, color=look["color"], **style.CROSS)
+def draw_crosses(axis: Axes, points: pd.Series, colour: object) -> None:
+    """Draw crosses at points where the rank of the class means is deficient, at most about 15."""
+    points = points[:: style.compute_stride(len(points))]
+    axis.plot(points.index, points, linestyle="", zorder=3, color=colour, **style.CROSS)
 
 
 def label_crosses(axis: Axes, nc1: pd.DataFrame, more: str = "") -> None:
-    """Explain the crosses in the legend, if there are any. `more` is added to the explanation."""
-    if (nc1["short"] & nc1["nc1"].notna()).any():
-        axis.plot([], [], linestyle="", color="0.3", label=SHORT + more, **style.CROSS)
+    """Add a legend entry for the crosses, if there are any. more: text that is appended to it."""
+    if (nc1["rank_deficient"] & nc1["nc1"].notna()).any():
+        axis.plot([], [], linestyle="", color="0.3", label=RANK_DEFICIENT + more, **style.CROSS)
 
 
 def draw_layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds: int, across: str = "epoch") -> None:
-    """Draw a curve for each layer on the panel of each set.
-
-    By epoch the input is a dashed line, because it is measured in one epoch only.
-    """
+    """Draw a curve for each layer on the panel of each set. across: the column on the x axis, "epoch" or "steps"."""
     looks = style.assign_looks(group.layers) | {INPUT: style.INPUT}
     width = 1 if len(group.layers) > style.MANY else None
     for name, axis in zip(group.sets, axes, strict=True):
@@ -100,18 +105,24 @@ def draw_layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds
             fewest = means.loc[means["layer"] == layer, "count"].min()
             label = layer if fewest == seeds or seeds == 1 else f"{layer} ({fewest} to {seeds} seeds)"
             if layer == INPUT and across == "epoch":
-                axis.axhline(line["mean"].iloc[0], color="black", linestyle="--", linewidth=1.2, label=label)
-                axis.axhspan(line["low"].iloc[0], line["high"].iloc[0], color="black", alpha=0.1, linewidth=0)
-                if "short" in line:
-                    draw_crosses(axis, line.set_index("epoch")["mean"][line["short"].to_numpy()], looks[INPUT])
+                draw_input(axis, line, label)
             else:
-                draw_curve(axis, line.set_index(across), label, "-", looks[layer], width)
+                draw_curve(axis, line.set_index(across), label, looks[layer] | {"linewidth": width})
         if across == "epoch":
             style.format_epoch_axis(axis, group.has_uneven_epochs)
         else:
             style.format_steps_axis(axis, means.loc[means["set"] == name, across])
         axis.set_xlabel(across)
         axis.label_outer()
+
+
+def draw_input(axis: Axes, line: pd.DataFrame, label: str) -> None:
+    """Draw the input as a horizontal dashed line with a band, because it is measured in one epoch only."""
+    colour = style.INPUT["color"]
+    axis.axhline(line["mean"].iloc[0], color=colour, linestyle="--", linewidth=1.2, label=label)
+    axis.axhspan(line["low"].iloc[0], line["high"].iloc[0], color=colour, alpha=0.1, linewidth=0)
+    if "rank_deficient" in line:
+        draw_crosses(axis, line.set_index("epoch")["mean"][line["rank_deficient"].to_numpy()], colour)
 
 
 def use_log_scale(axis: Axes, values: pd.Series) -> None:
@@ -121,7 +132,7 @@ def use_log_scale(axis: Axes, values: pd.Series) -> None:
 
 
 def use_plain_numbers(fig: Figure) -> None:
-    """Put plain numbers at the ticks of log axes of less than two decades, where at most one tick is a power of ten."""
+    """Use decimal tick labels on log axes of less than two decades, which have too few powers of ten."""
     for axis in fig.axes:
         low, high = axis.get_ylim()
         if axis.get_yscale() == "log" and high < 100 * low:
@@ -131,19 +142,13 @@ def use_plain_numbers(fig: Figure) -> None:
 
 
 def draw_training(fig: Figure, groups: list[Group]) -> None:
-    """Draw loss and accuracy by epoch, of all groups in one pair of panels."""
+    """Draw loss and accuracy by epoch. All groups are in the same two panels."""
     axes, log = fig.subplots(1, 2), any(group.has_uneven_epochs for group in groups)
-    for values, axis in zip(("loss", "accuracy"), axes, strict=True):
-        if len(groups) == 1:
-            for name, look in style.assign_looks(["train", "test"]).items():
-                line = average_over_seeds(groups[0].select_rows("epochs", name), ["epoch"], values).set_index("epoch")
-                draw_curve(axis, line, name, style.DASHES[name], look, log=log)
-        else:
-            for group, look in zip(groups, style.assign_looks(range(len(groups))).values(), strict=True):
-                title = f"{style.escape_dollars(group.label)}, {group.describe_seeds(MEAN_SD)}"
-                for name, label in (("train", title), ("test", None)):
-                    line = average_over_seeds(group.select_rows("epochs", name), ["epoch"], values).set_index("epoch")
-                    draw_curve(axis, line, label, style.DASHES[name], look, log=log)
+    for column, axis in zip(("loss", "accuracy"), axes, strict=True):
+        for group, name, label, look in list_training_curves(groups):
+            line = average_over_seeds(group.select_rows("epochs", name), ["epoch"], column).set_index("epoch")
+            draw_curve(axis, line, label, look | {"linestyle": style.DASHES[name]}, log)
+        if len(groups) > 1:
             for name, dash in style.DASHES.items():
                 axis.plot([], [], color="black", linestyle=dash, label=name)
         axis.set_xlabel("epoch")
@@ -156,14 +161,25 @@ def draw_training(fig: Figure, groups: list[Group]) -> None:
     fig.legend(handles, names, loc="outside lower center", ncols=2, title=title)
 
 
+def list_training_curves(groups: list[Group]) -> list[tuple[Group, str, str | None, dict]]:
+    """Return (group, set, label, look) of each curve. Each group has a colour, or if there is only one, each set."""
+    if len(groups) == 1:
+        return [(groups[0], name, name, look) for name, look in style.assign_looks(SETS).items()]
+    curves = []
+    for group, look in zip(groups, style.assign_looks(range(len(groups))).values(), strict=True):
+        curves.append((group, "train", f"{style.escape_dollars(group.label)}, {group.describe_seeds(MEAN_SD)}", look))
+        curves.append((group, "test", None, look))
+    return curves
+
+
 def draw_nc1(fig: Figure, groups: list[Group]) -> None:
     """Draw NC1 of every layer by epoch."""
-    for part, group in add_strips(fig, groups):
+    for part, group in add_subfigures(fig, groups):
         axes = add_panels(part, group, sharey=True)[0]
         table = group.tables["nc1"]
         keys = ["layer", "set", "epoch"]
         means = average_over_seeds(table, keys, "nc1", log=True)
-        means["short"] = table.groupby(keys, sort=False)["short"].any().to_numpy()
+        means["rank_deficient"] = table.groupby(keys, sort=False)["rank_deficient"].any().to_numpy()
         draw_layer_curves(axes, means, group, len(group.folders))
         label_crosses(axes[0], table)
         use_log_scale(axes[0], table["nc1"])
@@ -175,20 +191,20 @@ def draw_nc1(fig: Figure, groups: list[Group]) -> None:
 
 def draw_depth(fig: Figure, groups: list[Group]) -> None:
     """Draw NC1 by the depth of the layer in several epochs, with a fitted line for each."""
-    for part, group in add_strips(fig, groups):
+    for part, group in add_subfigures(fig, groups):
         axes = add_panels(part, group, sharey=True)[0]
-        table, shown = add_depth(group), group.choose_epochs("nc1")
+        table, shown = add_depth(group.tables["nc1"], group.layers), group.choose_epochs("nc1")
         layers, star = table[table["layer"] != INPUT], style.INPUT | {"marker": "*", "markersize": 7}
         for name, axis in zip(group.sets, axes, strict=True):
             draw_depth_points(axis, table[(table["set"] == name) & (table["layer"] == INPUT)], star)
         for epoch, marker in zip(shown, cycle(style.MARKERS), strict=False):
             look = {"color": style.get_epoch_colour(epoch, group.last), "marker": marker}
-            fits = []
+            texts = [f"epoch {epoch}"]
             for name, axis in zip(group.sets, axes, strict=True):
                 points = layers[(layers["set"] == name) & (layers["epoch"] == epoch)]
                 draw_depth_points(axis, points, look)
-                fits += draw_depth_line(axis, points, name, look)
-            axes[0].plot([], [], linestyle="", label="\n".join([f"epoch {epoch}", *fits]), **look)
+                texts += draw_depth_line(axis, points, name, look)
+            axes[0].plot([], [], linestyle="", label="\n".join(texts), **look)
         label_crosses(axes[0], table[(table["layer"] == INPUT) | table["epoch"].isin(shown)], ",\nnot in the line")
         ticks = table.drop_duplicates("depth")
         for axis in axes:
@@ -203,72 +219,43 @@ def draw_depth(fig: Figure, groups: list[Group]) -> None:
 def draw_depth_points(axis: Axes, nc1: pd.DataFrame, look: dict) -> None:
     """Draw NC1 of one epoch by depth."""
     means = average_over_seeds(nc1, ["depth"], "nc1", log=True).set_index("depth")
-    short = nc1.groupby("depth")["short"].any().reindex(means.index)
-    full = means[~short]
+    deficient = nc1.groupby("depth")["rank_deficient"].any().reindex(means.index)
+    full = means[~deficient]
     bars = [full["mean"] - full["low"], full["high"] - full["mean"]]
     axis.errorbar(full.index, full["mean"], bars, linestyle="", elinewidth=1, **look)
-    draw_crosses(axis, means["mean"][short], look)
+    draw_crosses(axis, means["mean"][deficient], look["color"])
 
 
 def draw_depth_line(axis: Axes, nc1: pd.DataFrame, set_name: str, look: dict) -> list[str]:
-    """Draw the mean of the lines that are fitted to the seeds. Return a text about it, or nothing without a line."""
+    """Draw the mean of the lines fitted for each seed. Return its legend text in a list, empty if there is no line."""
     lines = fit_lines(nc1)
     if lines.empty:
         return []
     depth = nc1.loc[is_in_line(nc1), "depth"].drop_duplicates().sort_values()
-    fitted = np.exp(lines["start"].mean() + lines["slope"].mean() * depth)
+    fitted = np.exp(lines["intercept"].mean() + lines["slope"].mean() * depth)
     axis.plot(depth, fitted, color=look["color"], linewidth=1, linestyle="--")
     spread = f" ± {np.exp(lines['slope']).std():.2f}" if len(lines) > 1 else ""
     return [f"  {set_name} ×{np.exp(lines['slope'].mean()):.2f}{spread}, {lines['correlation'].mean():.2f}"]
 
 
-def add_depth(group: Group) -> pd.DataFrame:
-    """Return nc1 with a column depth. It is 0 for the input. Layers where NC1 is not measured count as well."""
-    depths = {layer: depth for depth, layer in enumerate([INPUT, *group.layers])}
-    table = group.tables["nc1"]
-    return table.assign(depth=table["layer"].map(depths))
-
-
-def is_in_line(nc1: pd.DataFrame) -> pd.Series:
-    """Return whether the line of log NC1 by depth is fitted to a row: to layers of full rank, without the input."""
-    return nc1["nc1"].between(0, np.inf, inclusive="neither") & ~nc1["short"] & (nc1["layer"] != INPUT)
-
-
-def fit_lines(nc1: pd.DataFrame) -> pd.DataFrame:
-    """Return slope, start and correlation of the line of log NC1 by depth for each seed, set and epoch."""
-    found = [
-        (*keys, *fit_line(points["depth"], np.log(points["nc1"])))
-        for keys, points in nc1[is_in_line(nc1)].groupby(["seed", "set", "epoch"])
-        if len(points) > 2
-    ]
-    lines = pd.DataFrame(found, columns=["seed", "set", "epoch", "slope", "start", "correlation"])
-    return lines.sort_values("epoch", kind="stable")  # a seed may lack the first ones
-
-
-def fit_line(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
-    """Return slope, intercept and correlation of the least-squares line. The correlation is NaN if y is constant."""
-    slope, start = np.polyfit(x, y, 1)
-    return slope, start, slope * x.std() / (y.std() or np.nan)
-
-
 def has_law(group: Group) -> bool:
     """Return whether lines of log NC1 by depth can be fitted in several epochs."""
-    return len(fit_lines(add_depth(group))["epoch"].unique()) > 1
+    return fit_lines(add_depth(group.tables["nc1"], group.layers))["epoch"].nunique() > 1
 
 
 def draw_law(fig: Figure, groups: list[Group]) -> None:
     """Draw slope and correlation of the fitted lines by epoch."""
-    for part, group in add_strips(fig, groups):
-        axes, lines = part.subplots(1, 2), fit_lines(add_depth(group))
-        for values, axis in zip(("slope", "correlation"), axes, strict=True):
+    for part, group in add_subfigures(fig, groups):
+        axes, lines = part.subplots(1, 2), fit_lines(add_depth(group.tables["nc1"], group.layers))
+        for column, axis in zip(("slope", "correlation"), axes, strict=True):
             for name, look in style.assign_looks(group.sets).items():
-                line = average_over_seeds(lines[lines["set"] == name], ["epoch"], values).set_index("epoch")
+                line = average_over_seeds(lines[lines["set"] == name], ["epoch"], column).set_index("epoch")
                 if line.empty:
                     continue
                 fewest, most = line["count"].min(), line["count"].max()
                 count = f"{fewest} to {most}" if fewest < most else f"{most}"
                 label = name if fewest == len(group.folders) else f"{name} ({count} of {len(group.folders)} seeds)"
-                draw_curve(axis, line, label, style.DASHES[name], look)
+                draw_curve(axis, line, label, look | {"linestyle": style.DASHES[name]})
             style.format_epoch_axis(axis, group.has_uneven_epochs)
             style.draw_zero_line(axis)
             axis.set_xlabel("epoch")
@@ -281,29 +268,32 @@ def draw_law(fig: Figure, groups: list[Group]) -> None:
 
 def draw_information(fig: Figure, groups: list[Group]) -> None:
     """Draw minimality and sufficiency by epoch."""
-    draw_measures(fig, groups, "information", "epoch")
+    draw_quantities(fig, groups, "information", "epoch")
 
 
 def draw_convergence(fig: Figure, groups: list[Group]) -> None:
     """Draw minimality and sufficiency after the last epoch by the steps of the probes."""
-    draw_measures(fig, groups, "convergence_information", "steps")
+    draw_quantities(fig, groups, "convergence_information", "steps")
 
 
-def draw_measures(fig: Figure, groups: list[Group], name: str, across: str) -> None:
-    """Draw minimality above sufficiency: lines of what is known, and hollow markers of probes known suboptimal."""
-    for part, group in add_strips(fig, groups):
+def draw_quantities(fig: Figure, groups: list[Group], name: str, across: str) -> None:
+    """Draw minimality (upper panels) and sufficiency (lower panels) of a table.
+
+    Lines use `upper`. Hollow markers use the loss of probes that are known suboptimal.
+    """
+    for part, group in add_subfigures(fig, groups):
         axes = add_panels(part, group, 2, sharex="col", sharey="row")
         table, keys, shown = group.tables[name], ["layer", "set", across], []
-        for measure, pair in zip(MEASURES, axes, strict=True):
-            means = average_over_seeds(table, keys, measure)
+        for quantity, pair in zip(QUANTITIES, axes, strict=True):
+            means = average_over_seeds(table, keys, quantity)
             draw_layer_curves(pair, means, group, table["seed"].nunique(), across)
             style.widen_axis(pair[0], "y")
-            if (table[measure] < 0).any():  # decoders that cannot output constants
+            if (table[quantity] < 0).any():  # negative values occur only for decoders that cannot output constants
                 for axis in pair:
                     style.draw_zero_line(axis)
-            own = average_over_seeds(table, keys, f"{measure}_by_loss")["mean"]
-            shown += draw_own_losses(pair, means.assign(own=own), group, across)
-            pair[0].set_ylabel(f"{measure} (bits)")
+            by_loss = average_over_seeds(table, keys, f"{quantity}_by_loss")["mean"]
+            shown += draw_hollow_markers(pair, means.assign(by_loss=by_loss), group, across)
+            pair[0].set_ylabel(f"{quantity} (bits)")
         if shown:
             label = "probe's own loss" + ("" if all(shown) else f"\n({shown.count(False)} further below)")
             axes[0, 0].plot([], [], linestyle="", color="0.3", marker="o", label=label, **style.HOLLOW)
@@ -311,11 +301,11 @@ def draw_measures(fig: Figure, groups: list[Group], name: str, across: str) -> N
     share_scale(fig, groups, "y")
 
 
-def draw_own_losses(axes: np.ndarray, means: pd.DataFrame, group: Group, across: str) -> list[bool]:
-    """Draw hollow markers where the column own is below the mean. Return for each whether it is shown.
+def draw_hollow_markers(axes: np.ndarray, means: pd.DataFrame, group: Group, across: str) -> list[bool]:
+    """Draw hollow markers where the column by_loss is below mean. Return for each of them whether it is shown.
 
-    They are at the markers of the curves. A marker that is more than a quarter of the axis below it is not shown, since
-    some probes are far below everything that is known.
+    They are drawn where the curves have markers. Markers that are below the axis by more than a quarter of its length
+    are omitted.
     """
     looks = style.assign_looks(group.layers) | {INPUT: style.INPUT}
     bottom, top = axes[0].get_ylim()
@@ -323,17 +313,17 @@ def draw_own_losses(axes: np.ndarray, means: pd.DataFrame, group: Group, across:
     for name, axis in zip(group.sets, axes, strict=True):
         for layer, line in means[means["set"] == name].groupby("layer", sort=False):
             line = line[:: style.compute_stride(len(line))]
-            line = line[line["own"] < line["mean"] - SUBOPTIMAL_BITS]
-            near = line["own"] > bottom - room
-            axis.plot(line[across][near], line["own"][near], linestyle="", zorder=3, **looks[layer], **style.HOLLOW)
-            lowest = min([lowest, *(line["own"][near] - 0.2 * room)])  # with space for the marker
+            line = line[line["by_loss"] < line["mean"] - SUBOPTIMAL_BITS]
+            near = line["by_loss"] > bottom - room
+            axis.plot(line[across][near], line["by_loss"][near], linestyle="", zorder=3, **looks[layer], **style.HOLLOW)
+            lowest = min([lowest, *(line["by_loss"][near] - 0.2 * room)])  # with space for the marker
             shown += near.tolist()
     axes[0].set_ylim(lowest, top)
     return shown
 
 
 def add_plane_panels(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[str, dict]]:
-    """Return the panels of an information plane, minimality across and sufficiency up, and the looks of the layers."""
+    """Add the panels of an information plane. Return them with the looks of the layers."""
     axes = add_panels(part, group, sharex=True, sharey=True)[0]
     for axis in axes:
         axis.set_xlabel("minimality (bits)")
@@ -343,29 +333,30 @@ def add_plane_panels(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[s
 
 
 def widen_axes(axes: np.ndarray) -> None:
-    """Widen both axes of an information plane, which its panels share."""
+    """Widen both axes of an information plane. Its panels share them."""
     for direction in "xy":
         style.widen_axis(axes[0], direction)
 
 
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
-    """Draw a track of each layer in the plane of minimality and sufficiency."""
-    for part, group in add_strips(fig, groups):
+    """Draw the path of each layer over the epochs in the plane of minimality and sufficiency."""
+    for part, group in add_subfigures(fig, groups):
         axes, looks = add_plane_panels(part, group)
         for name, axis in zip(group.sets, axes, strict=True):
             points = group.select_rows("information", name).rename(columns={"minimality": "x", "sufficiency": "y"})
-            for layer, track in points.groupby("layer", sort=False):
-                draw_track(axis, track, layer, looks[layer])
+            for layer, of_layer in points.groupby("layer", sort=False):
+                draw_path(axis, of_layer, layer, looks[layer])
         widen_axes(axes)
         style.add_legend(part, axes[0], f"{group.describe_seeds('mean of ')}\nencoder up to")
     share_scale(fig, groups, "x", "y")
 
 
-def draw_track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
-    """Draw the mean over seeds of x and y at 20 epochs, with an arrow along time half-way out from the start.
+def draw_path(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
+    """Draw the path of the mean over seeds of x and y through at most 20 epochs.
 
-    The last epoch is a large marker, or a cross if a rank is short there. Small markers are the seeds in that epoch.
-    Points without a value are left out.
+    An arrow shows its direction, at the first epoch with half of the largest distance from the start. The last epoch
+    has a large marker, or a cross if the rank is deficient for a seed, and small markers for the seeds. Points without
+    a value are left out.
     """
     points = points.dropna(subset=["x", "y"])
     if points.empty:
@@ -376,7 +367,7 @@ def draw_track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None
     axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.7)
     ends = points[points["epoch"] == means.index[-1]]
     end = {"markersize": 7, "mec": "white", "mew": 0.5} | look
-    if "short" in ends and ends["short"].any():
+    if "rank_deficient" in ends and ends["rank_deficient"].any():
         end = {"color": look["color"]} | style.CROSS
     axis.plot(x[-1:], y[-1:], linestyle="", label=label, zorder=3, **end)
     if len(ends) > 1:
@@ -390,16 +381,16 @@ def draw_track(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None
 
 def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
     """Draw a line through the layers of each epoch, in the colour of the epoch."""
-    for part, group in add_strips(fig, groups):
+    for part, group in add_subfigures(fig, groups):
         axes, looks = add_plane_panels(part, group)
         shown = choose_log_spaced(group.list_epochs("dib"), 40)
         for name, axis in zip(group.sets, axes, strict=True):
             rows = group.select_rows("information", name)
-            means = rows.groupby(["layer", "epoch"], sort=False)[list(MEASURES)].mean().reset_index()
+            means = rows.groupby(["layer", "epoch"], sort=False)[list(QUANTITIES)].mean().reset_index()
             for epoch in shown:
                 joined = means[(means["epoch"] == epoch) | (means["layer"] == INPUT)]
                 colour = style.get_epoch_colour(epoch, group.last)
-                axis.plot(*joined[list(MEASURES)].to_numpy().T, color=colour, linewidth=0.8, zorder=1)
+                axis.plot(*joined[list(QUANTITIES)].to_numpy().T, color=colour, linewidth=0.8, zorder=1)
             for layer, points in means[means["epoch"].isin(shown)].groupby("layer", sort=False):
                 marker = looks[layer]["marker"]
                 colours = style.get_epoch_colour(points["epoch"], group.last)
@@ -421,76 +412,55 @@ def add_colour_bar(fig: FigureBase, axes: np.ndarray, last: int) -> None:
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def compute_gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:
-    """Return test - train of a value by the keys, seed and epoch, where both are finite."""
-    wide = table.pivot(index=[*keys, "seed", "epoch"], columns="set", values=value)
-    if not {"train", "test"} <= set(wide):
-        return pd.Series(dtype=float)
-    return (wide["test"] - wide["train"]).replace([np.inf, -np.inf], np.nan).dropna()
-
-
-def compute_gaps(group: Group) -> dict[str, pd.Series]:
-    """Return {measure: gap} of NC1 and minimality of the layers. A measure without values of both sets is left out."""
-    nc1, information = group.tables["nc1"], group.tables["information"]
-    measured = {
-        "NC1": compute_gap(nc1[nc1["layer"] != INPUT], ["layer"], "nc1"),
-        MINIMALITY: compute_gap(information[information["layer"] != INPUT], ["layer"], "minimality"),
-    }
-    return {title: values for title, values in measured.items() if len(values)}
-
-
-def explain_unequal_sets(group: Group) -> str:
-    """Return why the information of the two sets cannot be compared, or nothing if it can."""
-    for flags in group.hparams:
-        samples = flags.get("dib_samples") or {}
-        if not {"train", "test"} <= set(samples):
-            return "the number of samples is not recorded"
-        if samples["train"] != samples["test"]:
-            return f"{samples['train']:,} training and {samples['test']:,} test samples"
-    return ""
-
-
 def has_gap(group: Group) -> bool:
     """Return whether NC1 or minimality can be compared between the sets."""
-    found = compute_gaps(group)
-    return "NC1" in found or (MINIMALITY in found and not explain_unequal_sets(group))
+    gaps = compute_gaps(group.tables["nc1"], group.tables["information"])
+    return "NC1" in gaps or ("minimality" in gaps and not explain_unequal_sets(group.hparams))
 
 
 def draw_gap(fig: Figure, groups: list[Group]) -> None:
-    """Draw a track of each layer in the plane of the gap of a measure and the gap of the loss."""
-    for part, group in add_strips(fig, groups):
-        loss, measured = compute_gap(group.tables["epochs"], [], "loss"), compute_gaps(group)
-        short = group.tables["nc1"].groupby(["layer", "seed", "epoch"])["short"].any()
-        axes = part.subplots(1, len(measured), squeeze=False, sharey=True)[0]
-        for (title, values), axis in zip(measured.items(), axes, strict=True):
-            if title == MINIMALITY and (reason := explain_unequal_sets(group)):
-                text = f"minimality is not compared:\n{reason}.\nChoose equal numbers of samples\nwith --dib-size."
+    """Draw the path of each layer in the plane of the gap of NC1 or minimality and the gap of the loss."""
+    for part, group in add_subfigures(fig, groups):
+        gaps = compute_gaps(group.tables["nc1"], group.tables["information"])
+        axes = part.subplots(1, len(gaps), squeeze=False, sharey=True)[0]
+        for (name, values), axis in zip(gaps.items(), axes, strict=True):
+            reason = explain_unequal_sets(group.hparams)
+            if name == "minimality" and reason:
+                text = f"minimality cannot be compared:\n{reason}.\nUse --dib-size to measure\nboth sets at equal size."
                 axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")
                 axis.set_axis_off()
                 continue
-            for layer, look in style.assign_looks(group.layers).items():
-                if layer in values.index.get_level_values(0):
-                    points = pd.DataFrame({"x": values.loc[layer], "y": loss})
-                    if title == "NC1":
-                        points["short"] = short.loc[layer]
-                    draw_track(axis, points.reset_index(), layer, look)
+            draw_gap_paths(axis, group, name, values)
             style.limit_ticks(axis)
-            if title == "NC1":
+            if name == "NC1":
+                axis.set_xlabel("NC1, test − train")
                 label_crosses(axes[0], group.tables["nc1"].query("layer in @group.layers and epoch == epoch.max()"))
             else:
+                axis.set_xlabel("minimality (bits), test − train")
                 style.widen_axis(axis, "x")
             size = values.abs()
-            if size.max() > 100 * size.median() > 0:  # it spans decades on both sides of 0
+            if size.max() > 100 * size.median() > 0:  # values differ by orders of magnitude
                 axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(size.median())))
-            axis.set_xlabel(f"{title}, test − train")
         axes[0].set_ylabel("cross-entropy (nats), test − train")
         style.add_legend(part, axes[0], f"{group.describe_seeds('mean of ')}\nlayer")
     share_scale(fig, groups, "y")
 
 
+def draw_gap_paths(axis: Axes, group: Group, name: str, gaps: pd.Series) -> None:
+    """Draw the path of each layer. name: "NC1" or "minimality", whose gaps are given."""
+    losses = compute_gap(group.tables["epochs"], [], "loss")
+    deficient = group.tables["nc1"].groupby(["layer", "seed", "epoch"])["rank_deficient"].any()
+    for layer, look in style.assign_looks(group.layers).items():
+        if layer in gaps.index.get_level_values(0):
+            points = pd.DataFrame({"x": gaps.loc[layer], "y": losses})
+            if name == "NC1":
+                points["rank_deficient"] = deficient.loc[layer]
+            draw_path(axis, points.reset_index(), layer, look)
+
+
 def draw_lr_range(fig: Figure, groups: list[Group]) -> None:
     """Draw the loss of the learning-rate range test by learning rate."""
-    for part, group in add_strips(fig, groups):
+    for part, group in add_subfigures(fig, groups):
         axis = part.subplots()
         table = group.tables["lr_range"]
         axis.plot(table["learning_rate"], table["loss"], ".", color="0.6", label="each step")
@@ -500,6 +470,6 @@ def draw_lr_range(fig: Figure, groups: list[Group]) -> None:
             for rate in steps.loc[steps["chosen"] == 1, "learning_rate"]:
                 axis.axvline(rate, color="#D55E00", linestyle="--", label=f"chosen: {rate:.2g}")
         axis.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy (nats)")
-        early = table[table["step"] <= table["step"].max() / 2]  # the diverging end would flatten the rest
+        early = table[table["step"] <= table["step"].max() / 2]  # the large losses at the end are cut off
         axis.set_ylim(top=1.3 * early["smoothed"].max())
         axis.legend(title=group.describe_seeds())

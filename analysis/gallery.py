@@ -10,177 +10,179 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from analysis import figures, style
-from analysis.tables import SUBOPTIMAL_BITS, Group
+from analysis.statistics import SUBOPTIMAL_BITS
+from analysis.tables import Group
 
 
 @dataclass(frozen=True)
-class Kind:
+class FigureKind:
     """A kind of figure.
 
     Attributes:
-        title: of the figure.
-        caption: what it shows and how to read it.
-        draw: draws it.
-        has: whether a group has it.
-        height: in inches, of a strip.
-        strips: whether each group has a strip of its own.
+        title: the title of the figure and of its caption.
+        caption: a text about what the figure shows and how to read it.
+        draw: a function that draws the figure of these groups.
+        is_available: a function that returns whether a group has data for this figure.
+        height: the height of a subfigure in inches.
+        one_per_group: whether each group has a separate subfigure.
     """
 
     title: str
     caption: str
     draw: Callable[[Figure, list[Group]], None]
-    has: Callable[[Group], bool]
+    is_available: Callable[[Group], bool]
     height: float
-    strips: bool = True
+    one_per_group: bool = True
 
 
 def has_rows(table: str) -> Callable[[Group], bool]:
-    """Return a function that says whether this table of a group has rows."""
+    """Return a function that returns whether the given table of a group has rows."""
     return lambda group: not group.tables[table].empty
 
 
 KINDS = {
-    "lr_range": Kind(
+    "lr_range": FigureKind(
         title="Learning-rate range test",
         caption=(
-            "The loss while the learning rate grows. The dashed line is the chosen rate, at which the loss falls "
-            "fastest. At higher rates the loss rises and then diverges."
+            "Loss at each step of the range test, in which the learning rate grows. The dashed line marks the chosen "
+            "rate, at which the loss falls fastest. At higher rates the loss rises and then diverges."
         ),
         draw=figures.draw_lr_range,
-        has=has_rows("lr_range"),
+        is_available=has_rows("lr_range"),
         height=3.4,
     ),
-    "training": Kind(
+    "training": FigureKind(
         title="Loss and accuracy",
         caption=(
-            "Loss and accuracy on both sets. They show in which epoch the network has fitted its training set, and how "
-            "far the test set stays behind. Neural collapse is expected in the epochs after that."
+            "Loss and accuracy on both sets. The curves show when the network fits the training set, and how large the "
+            "difference to the test set is. Neural collapse is expected in the epochs after that."
         ),
         draw=figures.draw_training,
-        has=has_rows("epochs"),
+        is_available=has_rows("epochs"),
         height=3.6,
-        strips=False,
+        one_per_group=False,
     ),
-    "nc1": Kind(
+    "nc1": FigureKind(
         title="Neural collapse over epochs",
         caption=(
-            "NC1, the scatter within the classes relative to that between them, of every layer. Where a curve falls, "
-            "the samples of a class come closer together. If the test curve levels off while the training curve still "
-            "falls, the collapse does not generalise. The dashed line is the input. A cross marks a layer whose class "
-            "means have a rank below min(d, C - 1) for at least one seed. Its NC1 leaves out the directions that they "
-            "lost and the scatter along them. It is lower, but this is not collapse. In nc1.csv, kept is the smallest "
-            "singular value that counts, and dropped the largest that does not. Mean and band over seeds are those of "
-            "the logarithm."
+            "NC1 of every layer. NC1 is the scatter within the classes relative to the scatter between the classes. "
+            "Where a curve falls, the samples of a class come closer together. If the test curve levels off while the "
+            "training curve still falls, the collapse does not generalise. The dashed line is the input. A cross marks "
+            "a layer whose class means have a rank below min(d, C - 1) for at least one seed. The missing directions "
+            "are not included in NC1. NC1 is lower for this reason, which is not collapse. In nc1.csv, kept is the "
+            "smallest singular value that counts towards the rank, and dropped is the largest one that does not. With "
+            "several seeds, mean and standard deviation are computed on a log scale."
         ),
         draw=figures.draw_nc1,
-        has=has_rows("nc1"),
+        is_available=has_rows("nc1"),
         height=3.4,
     ),
-    "depth": Kind(
+    "depth": FigureKind(
         title="Neural collapse by depth",
         caption=(
-            "The law of data separation (He & Su, PNAS 2023) says that in a trained network the logarithm of NC1 falls "
-            "along a straight line with depth. The dashed line is fitted to the logarithm. The legend gives the factor "
-            "by which it changes NC1 from one layer to the next, and the correlation with depth. At -1 the law is "
-            "exact. With several seeds, the mean of their lines is shown. The input (a star, at depth 0) and crosses "
-            "are not in the fit. A cross marks a layer whose class means have a rank below min(d, C - 1) for at least "
-            "one seed. Its NC1 leaves out the directions that they lost. It is lower, but this is not collapse."
+            "According to the law of data separation (He & Su, PNAS 2023), log NC1 of a trained network decreases "
+            "linearly with depth. The dashed line is fitted to log NC1. The legend gives the factor per layer of the "
+            "fitted line, and the correlation of log NC1 with depth. A correlation of -1 means that the law holds "
+            "exactly. With several seeds, the mean of their lines is shown. The input (star) and layers with crosses "
+            "are not included in the fit. A cross marks a layer whose class means have a rank below min(d, C - 1) for "
+            "at least one seed. NC1 does not include the missing directions. It is lower for this reason, which is not "
+            "collapse."
         ),
         draw=figures.draw_depth,
-        has=has_rows("nc1"),
+        is_available=has_rows("nc1"),
         height=3.8,
     ),
-    "law": Kind(
+    "law": FigureKind(
         title="The law of data separation over epochs",
         caption=(
-            "The lines of the figure by depth, one for each epoch: the slope of the logarithm of NC1, and its "
-            "correlation with depth. A slope of -0.7 halves NC1 from one layer to the next. Where the correlation is "
-            "close to -1, all layers contribute equally. If it is not so in epoch 0, the law is a result of training. "
-            "Layers of short rank and the input are not in the lines. The band is the standard deviation over seeds."
+            "Slope of the line fitted to log NC1 by depth, and the correlation with depth, in every epoch (see "
+            "Neural collapse by depth). A slope of -0.7 halves NC1 from one layer to the next. A correlation "
+            "close to -1 means that all layers reduce NC1 by the same factor. If the correlation is not close to -1 in "
+            "epoch 0, the law is a result of training. The input and layers whose class means have a rank below "
+            "min(d, C - 1) are not included. The band is the standard deviation over seeds."
         ),
         draw=figures.draw_law,
-        has=figures.has_law,
+        is_available=figures.has_law,
         height=3.4,
     ),
-    "information": Kind(
+    "information": FigureKind(
         title="Decodable information",
         caption=(
-            "Minimality is the information about which sample of its class an encoding came from, sufficiency that "
-            "about the class, as far as decoders can use it. A layer compresses where minimality falls while "
-            "sufficiency stays. The dashed line is the input. Lines are the information known to be decodable. A "
-            "hollow marker is what the layer's own probes (decoders trained on its frozen encodings) reached, if over "
-            f"{SUBOPTIMAL_BITS:g} bits less: probes known suboptimal, not information that the network lost. The "
-            "legend counts markers too far below to be shown. Lines are below 0 only if decoders cannot output "
-            "constants (a last layer without bias)."
+            "Minimality is the decodable information about which sample of its class was encoded. Sufficiency is the "
+            "decodable information about the class. Falling minimality at constant sufficiency is compression. Lines "
+            "are the best known lower bounds. The dashed line is the input. A hollow marker is the information found "
+            "by the layer's own probes (decoders trained on its frozen encodings), if it is more than "
+            f"{SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
+            "information. Markers far below the line are counted in the legend. Values below 0 can occur if the last "
+            "layer has no bias, because the decoder then cannot output constants."
         ),
         draw=figures.draw_information,
-        has=has_rows("dib"),
+        is_available=has_rows("dib"),
         height=4.8,
     ),
-    "plane": Kind(
+    "plane": FigureKind(
         title="Information plane",
         caption=(
-            "A track for each encoder, through epochs spaced evenly on a log scale. The arrow points from early to "
-            "late epochs, and the large marker is the last one. Small markers around it are the seeds. An encoder that "
-            "moves up fits, and one that moves left compresses. A track that first rises and then turns left "
-            "compresses after it has fitted."
+            "The path of each encoder, through epochs that are evenly spaced on a log scale. The arrow shows the "
+            "direction of time. The large marker is the mean at the last epoch, and the small markers are the seeds. "
+            "Upward movement means fitting, and movement to the left means compression. If a path first rises and then "
+            "turns left, compression follows fitting."
         ),
         draw=figures.draw_plane,
-        has=has_rows("dib"),
+        is_available=has_rows("dib"),
         height=3.6,
     ),
-    "plane_by_epoch": Kind(
+    "plane_by_epoch": FigureKind(
         title="Information plane by epoch",
         caption=(
-            "The figure of Shwartz-Ziv & Tishby (2017), with decodable information in place of binned mutual "
+            "The figure of Shwartz-Ziv & Tishby (2017), with decodable information instead of binned mutual "
             "information. A line joins the layers of an epoch, with the input and shallow layers to the right. In "
             "their figure the lines rise in the early epochs and then move left."
         ),
         draw=figures.draw_plane_by_epoch,
-        has=lambda group: has_rows("dib")(group) and group.hparams[0]["data"] == "SZT",
+        is_available=lambda group: has_rows("dib")(group) and group.hparams[0]["data"] == "SZT",
         height=3.8,
     ),
-    "gap": Kind(
+    "gap": FigureKind(
         title="Generalisation and compression",
         caption=(
-            "The vertical axis is the generalisation gap, test loss - train loss. The horizontal axes are the same "
-            "difference of NC1 and of minimality. There is a track for each layer, as in the information plane. If the "
-            "tracks follow a rising line, the two gaps grow together. Minimality is information about the samples at "
-            "hand, which grows as their number decreases. It is compared only if both sets were measured on the same "
-            "number of samples. An axis of NC1 that spans decades is linear between its ticks next to 0. A track of "
-            "NC1 ends in a cross if the class means of the layer have a rank below min(d, C - 1) on either set. Their "
-            "NC1 leaves out the directions that were lost."
+            "The vertical axis is the generalisation gap, test loss - train loss. The horizontal axes are test NC1 - "
+            "train NC1 and test minimality - train minimality. Each layer has a path, as in the information plane. If "
+            "the paths follow a rising line, the two differences grow together. Minimality depends on the number of "
+            "samples. It is shown only if it was measured on the same number of samples of both sets. If NC1 "
+            "differences span several decades, the axis is symmetric-logarithmic: linear near 0 and logarithmic "
+            "elsewhere. A path ends in a cross if the class means of the layer have a rank below min(d, C - 1) on "
+            "either set. NC1 then does not include the missing directions."
         ),
         draw=figures.draw_gap,
-        has=figures.has_gap,
+        is_available=figures.has_gap,
         height=3.6,
     ),
-    "convergence": Kind(
+    "convergence": FigureKind(
         title="Convergence of decodable information",
         caption=(
-            "The information that is known to be decodable after the last epoch, by probes that were trained for more "
-            "and more steps. Where a curve is flat, more steps find nothing more: choose --dib-epochs accordingly. "
-            "Where it still rises, the other figures understate the information. As there, a hollow marker is a probe "
-            "that is known suboptimal: the network did not lose the information. Markers far below are left out, and "
-            "the legend gives their number."
+            "Decodable information after the last epoch, for probes that are trained for 1, 2, 4 and 8 times the "
+            "steps. Where a curve is flat, the probes have converged, and --dib-epochs is large enough. Where a curve "
+            "still rises, the values in the other figures are too low. Hollow markers are probes that are known "
+            "suboptimal. Markers far below the line are omitted. The legend gives their number."
         ),
         draw=figures.draw_convergence,
-        has=has_rows("convergence_information"),
+        is_available=has_rows("convergence_information"),
         height=4.8,
     ),
 }
 
 
 def render_figures(groups: list[Group], formats: tuple[str, ...]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (name, a file for each format) of every figure that the groups have. One process per core renders them."""
+    """Yield (name, files) of every available figure, with a file for each format. Processes render them in parallel."""
     names = list_figures(groups)
     with ProcessPoolExecutor() as pool:
         yield from zip(names, pool.map(partial(render_figure, groups=groups, formats=formats), names), strict=True)
 
 
 def list_figures(groups: list[Group]) -> list[str]:
-    """Return the names of the figures that at least one of the groups has."""
-    return [name for name, kind in KINDS.items() if any(map(kind.has, groups))]
+    """Return the names of the figures that are available for at least one of the groups."""
+    return [name for name, kind in KINDS.items() if any(map(kind.is_available, groups))]
 
 
 def render_figure(name: str, groups: list[Group], formats: tuple[str, ...]) -> list[bytes]:
@@ -194,9 +196,12 @@ def render_figure(name: str, groups: list[Group], formats: tuple[str, ...]) -> l
 
 
 def draw_figure(name: str, groups: list[Group]) -> Figure:
-    """Return the figure of that name with the groups that have it. Its layout is the same in all formats."""
+    """Return the figure of that name with the groups for which it is available.
+
+    The layout is computed once, so that it is the same in all formats.
+    """
     kind = KINDS[name]
-    groups = [group for group in groups if kind.has(group)]
+    groups = [group for group in groups if kind.is_available(group)]
     fig = Figure(figsize=compute_size(kind, groups))
     fig.suptitle(kind.title if len(groups) > 1 else f"{kind.title}: {style.escape_dollars(groups[0].label)}")
     kind.draw(fig, groups)
@@ -205,7 +210,8 @@ def draw_figure(name: str, groups: list[Group]) -> Figure:
     return fig
 
 
-def compute_size(kind: Kind, groups: list[Group]) -> tuple[float, float]:
+def compute_size(kind: FigureKind, groups: list[Group]) -> tuple[float, float]:
     """Return width and height of a figure in inches."""
-    long = any(len(group.layers) > style.MANY for group in groups)
-    return style.WIDTH + 1.4 * long, 0.3 + kind.height * (len(groups) if kind.strips else 1)
+    has_wide_legend = any(len(group.layers) > style.MANY for group in groups)
+    width = style.WIDTH + 1.4 if has_wide_legend else style.WIDTH
+    return width, 0.3 + kind.height * (len(groups) if kind.one_per_group else 1)

@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from analysis import gallery, tables
-from analysis.tables import Group
-from layerwise import runs
+from analysis import gallery
+from analysis.tables import Group, run_script
+from layerwise.runs import write_atomically
 
 
-def write(groups: list[Group], folder: Path) -> None:
+def write_figures(groups: list[Group], folder: Path) -> None:
     """Write every figure into a subfolder figures/, and print the paths of the PNGs."""
     folder = folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, files in gallery.render_figures(groups, ("png", "pdf")):
         for ending, content in zip(("png", "pdf"), files, strict=True):
-            runs.write_atomically(folder / f"{name}.{ending}", content)
+            write_atomically(folder / f"{name}.{ending}", content)
         print(folder / f"{name}.png")
 
 
 if __name__ == "__main__":
-    tables.run_script(__doc__, write)
+    run_script(__doc__, write_figures)

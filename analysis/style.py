@@ -1,5 +1,7 @@
 """Set how every figure looks: sizes, colours, markers, axes and legends."""
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,27 +26,27 @@ STYLE = {
     "lines.markersize": 4,
 }
 WIDTH = 8.4  # inches, of a figure of two panels side by side
-LEAST_BITS = 0.1  # of an axis
-MANY = 10  # a legend of more names has two columns
+MIN_AXIS_BITS = 0.1  # shortest range of an information axis
+MANY = 10  # number of entries above which a legend has two columns
 
 
 def make_colormap(name: str, lightest: float) -> ListedColormap:
-    """Return a colour map from dark to light, also in grey, without the colours that are too faint on paper."""
+    """Return a colour map that gets steadily lighter, without its lightest colours, which are hard to see on paper."""
     return ListedColormap(matplotlib.colormaps[name](np.linspace(0, lightest, 256)))
 
 
 LAYERS, EPOCHS = make_colormap("viridis", 0.78), make_colormap("inferno", 0.75)
 MARKERS = "osD^v<>Pph8d"
 INPUT = {"color": "black", "marker": "X"}
-CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5}  # NC1 of a layer whose class means lost a direction
+CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5}  # layers whose class means have a deficient rank
 HOLLOW = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.6}
 DASHES = {"train": "-", "test": "--"}
 
 
-def assign_looks(names: list) -> dict[str, dict]:
+def assign_looks(names: Sequence) -> dict[str, dict]:
     """Return a colour and a marker for each name in order.
 
-    Given all layers of a network, a layer gets the same in every figure.
+    If `names` are all layers of a network, a layer has the same colour and marker in every figure.
     """
     return {
         name: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
@@ -53,7 +55,7 @@ def assign_looks(names: list) -> dict[str, dict]:
 
 
 def make_epoch_norm(last: int) -> FuncNorm:
-    """Return the norm of the colours of epochs up to the last. It is logarithmic, to tell early epochs apart."""
+    """Return the norm of the colours of epochs. It is logarithmic, so that the colours of early epochs differ."""
     return FuncNorm((np.log1p, np.expm1), 0, max(2, last))
 
 
@@ -68,7 +70,7 @@ def escape_dollars(text: str) -> str:
 
 
 def compute_stride(count: int) -> int:
-    """Return the distance between the markers of a line of this many points, so that long lines stay visible."""
+    """Return the distance between the markers of a line with `count` points, so that long lines stay visible."""
     return max(1, count // 15)
 
 
@@ -102,14 +104,14 @@ def draw_zero_line(axis: Axes) -> None:
 
 
 def widen_axis(axis: Axes, direction: str) -> None:
-    """Make the x or y axis at least LEAST_BITS long, so that rounding errors do not look like information."""
+    """Make the x or y axis at least MIN_AXIS_BITS long, so that rounding errors do not look like information."""
     low, high = getattr(axis, f"get_{direction}lim")()
-    more = max(0, LEAST_BITS - (high - low)) / 2
+    more = max(0, MIN_AXIS_BITS - (high - low)) / 2
     getattr(axis, f"set_{direction}lim")(low - more, high + more)
 
 
 def limit_ticks(axis: Axes) -> None:
-    """Reduce the ticks of the x axis, to leave room for long numbers."""
+    """Reduce the number of ticks on the x axis, to leave room for long numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 

@@ -1,13 +1,10 @@
-"""Read the CSVs of runs as tables, and join runs that differ only in their seed into groups."""
+"""Join runs that differ only in their seed into groups, and start the scripts that write results of groups."""
 
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
-from math import log
 from os.path import commonpath
 from pathlib import Path
 from typing import NoReturn
@@ -15,42 +12,27 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 
-from layerwise import schema
+from analysis.reading import COLUMNS, INPUT, OPTIONAL, SETS, RunTables, read_run
+from analysis.statistics import choose_log_spaced, compute_information, update_input_upper
 from layerwise.runs import find_newest_run
 
-# The columns that are read, by the names of the files without ".csv". epochs.csv is read first: of each epoch a run
-# writes its rows last, so the tables that are read later have all rows of the epochs in it.
-COLUMNS = {
-    Path(name).stem: [column for column in header.split(",") if column != "seconds"]
-    for name, header in {
-        "epochs.csv": schema.COLUMNS["epochs.csv"],
-        **schema.COLUMNS,
-        "lr_range.csv": schema.LR_RANGE,
-        "convergence.csv": schema.CONVERGENCE,
-    }.items()
-}
-OPTIONAL = {"lr_range": "step", "convergence": "probe"}  # tables that a run may lack, and what each row of them is
-WORDS = ("set", "layer", "split", "labeling")
-COUNTS = ("epoch", "factor", "steps")
-# No two rows of a table have the same values in these columns.
-KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
-DERIVED = ("num_classes", "dib_samples", "chosen", "recipe")  # hparams that follow from other flags or repeat them
-INPUT = "input"  # stands among the layers, before the first; it is measured in one epoch only
-SUBOPTIMAL_BITS = schema.SUBOPTIMAL / log(2)
 MEAN_SD = "mean ± sd of "
 
 
 @dataclass
 class Group:
-    """Runs that differ only in their seed, up to the last epoch that all of them have.
+    """Runs that differ only in their seed, cut to the last epoch that all of them finished.
 
     Attributes:
-        label: the model, the data and the flags in which the group differs from others of this model and data.
-        folders, hparams: one for each run.
-        tables: the rows of all runs, by the names of COLUMNS. They have a column `seed`, and `split` is called `layer`.
-            A measure that was switched off is an empty table. nc1 has a column `short`: whether the rank is below
-            min(d, C - 1). `upper` of the input is the least of all epochs. Two more tables have minimality and
-            sufficiency: information (by epoch) and convergence_information (by steps).
+        label: the model, the data set, and the flags that distinguish the group from others with the same model and
+            data set.
+        folders: the folder of each run.
+        hparams: the flags of each run.
+        tables: the rows of all runs, by the names of COLUMNS. A column `seed` is added, and the column `split` is
+            renamed to `layer`, so that the tables can be joined. nc1 has a column `rank_deficient`: whether the rank of
+            the class means is below min(d, C - 1). `upper` of the input is the minimum over all epochs and splits. Two
+            more tables contain minimality and sufficiency: information (by epoch) and convergence_information (by
+            steps).
         last: the last epoch, or -1 if no epoch is finished.
         requested_epochs: the epochs to compare by depth, or None for four from the first to the last.
     """
@@ -63,14 +45,21 @@ class Group:
     requested_epochs: list[int] | None
 
     def describe_seeds(self, of: str = "", table: str = "") -> str:
-        """Return "seed 0", or for several seeds `of` and their number. With a table, only seeds that have rows in it
-        count."""
+        """Return "seed 0", or for several seeds `of` and their number.
+
+        table: if given, only seeds with rows in this table are counted.
+        """
         seeds = self.tables[table]["seed"].unique() if table else [flags["seed"] for flags in self.hparams]
         return f"{of}{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
     def list_epochs(self, table: str) -> list[int]:
         """Return the epochs that have rows in a table, in order."""
         return sorted(self.tables[table]["epoch"].unique().tolist())
+
+    @property
+    def measured_epochs(self) -> list[int]:
+        """The epochs in which NC1 or DIB was measured, in order."""
+        return sorted({*self.list_epochs("nc1"), *self.list_epochs("dib")})
 
     @property
     def has_uneven_epochs(self) -> bool:
@@ -86,7 +75,7 @@ class Group:
 
     @property
     def layers(self) -> list[str]:
-        """All layers in order of depth. They include the ends of encoders where NC1 is not measured."""
+        """All layers of NC1 and all splits of DIB, in order of depth."""
         names = [name for name in self.tables["nc1"]["layer"].unique() if name != INPUT]
         before = None
         for split in pd.concat([self.tables[name]["layer"] for name in ("dib", "convergence")]).unique():
@@ -98,7 +87,8 @@ class Group:
     @property
     def sets(self) -> list[str]:
         """The measured sets."""
-        return [name for name in ("train", "test") if any(name in set(self.tables[t]["set"]) for t in ("nc1", "dib"))]
+        measured = {*self.tables["nc1"]["set"], *self.tables["dib"]["set"]}
+        return [name for name in SETS if name in measured]
 
     def select_rows(self, table: str, set_name: str) -> pd.DataFrame:
         """Return the rows of a table that belong to one set."""
@@ -112,34 +102,34 @@ def run_script(
     arguments: list[str] | None = None,
     by_depth: bool = True,
 ) -> None:
-    """Run a script: read the runs that the arguments name, and call `write` with their groups and a folder.
+    """Read the runs that are named on the command line, and call `write` with their groups and the output folder.
 
     Parameters:
-        description: of the script, for its help.
-        write: writes the files of the script into the folder.
-        arguments: of the command line (default: those of this process).
+        description: the description of the script in its help.
+        write: a function that writes the files of the script.
+        arguments: the words of the command line (default: sys.argv[1:]).
         by_depth: whether the script compares epochs by depth, and has the option --epochs.
     """
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs (default: the newest under runs/)")
-    parser.add_argument(
-        "--out", type=Path, help="folder to write to (default: that of the run; for several runs, the one that has all)"
-    )
+    help_of_out = "output folder (default: the run's folder, or for several runs their common parent)"
+    parser.add_argument("--out", type=Path, help=help_of_out)
     parser.set_defaults(epochs=None)
     if by_depth:
-        parser.add_argument(
-            "--epochs", nargs="+", type=int, help="epochs to compare by depth (default: four from first to last)"
-        )
+        help_of_epochs = "epochs to compare by depth (default: four from first to last)"
+        parser.add_argument("--epochs", nargs="+", type=int, help=help_of_epochs)
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # some terminals lack ±
     try:
-        runs = options.runs or [find_newest_run()]
-        groups = read_groups(runs, options.epochs)
+        folders = options.runs or [find_newest_run()]
+        groups = read_groups(folders, options.epochs)
     except (ValueError, OSError) as error:
         exit_with_error(error)
-    folder = runs[0] if len(runs) == 1 else Path(commonpath([run.resolve().parent for run in runs]))
+    out = options.out
+    if out is None:
+        out = folders[0] if len(folders) == 1 else Path(commonpath([folder.resolve().parent for folder in folders]))
     try:
-        write(groups, options.out or folder)
+        write(groups, out)
     except OSError as error:
         exit_with_error(error)
 
@@ -151,76 +141,41 @@ def exit_with_error(reason: object) -> NoReturn:
 
 
 def read_groups(folders: list[Path], epochs: list[int] | None = None) -> list[Group]:
-    """Return the runs in these folders in the order given, joined where they differ only in their seed.
+    """Return the runs in these folders, joined into groups. The groups are in the order of their first runs.
 
-    Raises ValueError for a folder that does not hold a run, for two runs that do not differ, and for a requested epoch
-    in which a run was not measured.
+    Raises ValueError if a folder does not hold a run, if two runs have the same flags and the same seed, or if a group
+    was not measured in a requested epoch.
     """
-    found: dict[str, list[tuple]] = {}
+    runs_by_settings: dict[str, list[RunTables]] = {}
     for folder in folders:
-        hparams = read_hparams(folder)
-        runs = found.setdefault(json.dumps(select_settings(hparams), sort_keys=True), [])
-        for other, flags, _ in runs:
-            if flags["seed"] == hparams["seed"]:
-                raise ValueError(f"{other} and {folder} have the same flags and seed: expected runs that differ")
-        runs.append((folder, hparams, read_tables(folder)))
-    settings = [select_settings(runs[0][1]) for runs in found.values()]
-    groups = [
-        join_runs(make_label(flags, settings, runs[0][0]), runs, epochs)
-        for flags, runs in zip(settings, found.values(), strict=True)
-    ]
+        run = read_run(folder)
+        runs = runs_by_settings.setdefault(json.dumps(run.settings, sort_keys=True), [])
+        for other in runs:
+            if other.hparams["seed"] == run.hparams["seed"]:
+                raise ValueError(f"{other.folder} and {folder} have the same flags and the same seed: give only one")
+        runs.append(run)
+    settings = [runs[0].settings for runs in runs_by_settings.values()]
+    groups = [join_runs(runs, make_label(runs[0], settings), epochs) for runs in runs_by_settings.values()]
     for group in groups:
-        measured = sorted({*group.list_epochs("nc1"), *group.list_epochs("dib")})
-        for epoch in (epochs or []) if measured else []:
-            if epoch not in measured:
-                listed = ", ".join(map(str, measured))
-                raise ValueError(f"epoch {epoch} cannot be shown: {group.label} was measured in epochs {listed}")
+        unmeasured = [epoch for epoch in epochs or [] if epoch not in group.measured_epochs]
+        if unmeasured and group.measured_epochs:
+            listed = ", ".join(map(str, group.measured_epochs))
+            raise ValueError(f"--epochs {unmeasured[0]}: {group.label} was measured in epochs {listed}")
     return groups
 
 
-def read_hparams(folder: Path) -> dict:
-    """Return the flags of a run, those of the first version under their present names."""
-    path = folder / "hparams.json"
-    try:
-        hparams = json.loads(path.read_text("utf-8"))
-        missing = [name for name in ("model", "data", "seed", "num_classes") if name not in hparams]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not hold the flags of a run: {getattr(error, 'strerror', error)}") from None
-    if missing:
-        raise ValueError(f"{path} does not hold the flags of a run: it lacks {missing[0]}")
-    return {schema.RENAMED_HPARAMS.get(name, name): value for name, value in hparams.items()}
+def make_label(run: RunTables, settings: list[dict]) -> str:
+    """Return a label: model, data set, and the flags in which runs with the same model and data set differ.
 
-
-def select_settings(hparams: dict) -> dict:
-    """Return the flags that determine the values of an epoch, except the seed.
-
-    Flags that are off are left out, because a version that lacks a flag does not record it. A learning rate that a
-    range test found is left out, because it follows from the other flags. The number of epochs is left out unless the
-    schedule depends on it.
+    If the flags are too long, the label contains the folder instead. settings: the settings of all groups.
     """
-    ignored = {"seed", *schema.ELSEWHERE, *DERIVED}
-    if hparams.get("tune"):
-        ignored.add("learning_rate")
-    if hparams.get("schedule", "constant") != "constant":
-        ignored.remove("epochs")
-    return {
-        name: value
-        for name, value in hparams.items()
-        if name not in ignored and value is not None and value is not False
-    }
-
-
-def make_label(flags: dict, others: list[dict], folder: Path) -> str:
-    """Return model and data, and the flags in which runs of this model and data differ; if these are long, the folder.
-
-    others: the flags of all groups.
-    """
-    alike = [other for other in others if (other["model"], other["data"]) == (flags["model"], flags["data"])]
+    flags = run.settings
+    alike = [other for other in settings if (other["model"], other["data"]) == (flags["model"], flags["data"])]
     names = [name for name in flags if any(other.get(name) != flags[name] for other in alike)]
     differing = ", ".join(f"{name} {format_value(flags[name])}" for name in names)
     start = f"{flags['model']} on {flags['data']}"
     if len(differing) > 60:
-        return f"{start}: {folder}"
+        return f"{start}: {run.folder}"
     return f"{start}, {differing}" if differing else start
 
 
@@ -231,166 +186,27 @@ def format_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def join_runs(label: str, runs: list[tuple], epochs: list[int] | None) -> Group:
-    """Return the group of these runs, each given as (folder, hparams, tables)."""
-    folders, hparams, tables = zip(*runs, strict=True)
-    lasts = [find_last_epoch(run) for run in tables]
-    last = min(lasts)
-    if last < max(lasts):
+def join_runs(runs: list[RunTables], label: str, epochs: list[int] | None) -> Group:
+    """Return the group of these runs. epochs: the epochs to compare by depth."""
+    last = min(run.last_epoch for run in runs)
+    if any(run.last_epoch > last for run in runs):
         label += f", up to epoch {last}"
-    joined = {}
-    for name in COLUMNS:
-        parts = [run[name].assign(seed=flags["seed"]) for run, flags in zip(tables, hparams, strict=True)]
-        joined[name] = pd.concat(parts, ignore_index=True).rename(columns={"split": "layer"})
-        if name not in OPTIONAL:  # runs of other lengths end with an epoch that the others do not measure
-            common = set.intersection(*(set(part["epoch"]) for part in parts))
-            joined[name] = joined[name][joined[name]["epoch"].isin(common) & (joined[name]["epoch"] <= last)]
-    full = joined["nc1"]["dim"].clip(upper=hparams[0]["num_classes"] - 1)  # all runs have the same classes
-    joined["nc1"] = joined["nc1"].assign(short=joined["nc1"]["rank"] < full)
-    joined["dib"] = update_input_upper(joined["dib"])
-    joined["information"] = compute_information(joined["dib"], "epoch")
-    joined["convergence_information"] = compute_information(joined["convergence"], "steps")
-    return Group(label, list(folders), list(hparams), joined, last, epochs)
+    tables = {name: join_tables(runs, name, last) for name in COLUMNS}
+    nc1 = tables["nc1"]
+    full_rank = nc1["dim"].clip(upper=runs[0].hparams["num_classes"] - 1)  # all runs have the same classes
+    tables["nc1"] = nc1.assign(rank_deficient=nc1["rank"] < full_rank)
+    tables["dib"] = update_input_upper(tables["dib"])
+    tables["information"] = compute_information(tables["dib"], "epoch")
+    tables["convergence_information"] = compute_information(tables["convergence"], "steps")
+    return Group(label, [run.folder for run in runs], [run.hparams for run in runs], tables, last, epochs)
 
 
-def find_last_epoch(tables: dict[str, pd.DataFrame]) -> int:
-    """Return the last epoch that has all its rows, or -1 if there is none.
-
-    A run that is in progress or was killed may have some rows of the next epoch. The rows of both sets in epochs.csv
-    are the last that are written in an epoch.
-    """
-    sets = tables["epochs"].groupby("epoch")["set"].nunique()
-    return int(sets.index[sets == 2].max()) if (sets == 2).any() else -1
-
-
-def choose_log_spaced(epochs: list[int], count: int) -> list[int]:
-    """Return at most `count` of these sorted epochs, the first and the last included.
-
-    They are spaced evenly on a scale of log(1 + epoch). Where two would coincide there are fewer.
-    """
-    if not epochs:
-        return []
-    places = np.log1p(epochs)
-    wanted = np.linspace(places[0], places[-1], count)
-    return [epochs[i] for i in sorted({int(np.abs(places - place).argmin()) for place in wanted})]
-
-
-def find_table(folder: Path, name: str) -> Path:
-    """Return the path of a table of a run, under its old file name if only that is there."""
-    path = folder / f"{name}.csv"
-    old_paths = [folder / old for old, new in schema.RENAMED_FILES.items() if new == path.name]
-    return next((each for each in (path, *old_paths) if each.exists()), path)
-
-
-def read_tables(run: Path) -> dict[str, pd.DataFrame]:
-    """Return the tables of a run by the names of COLUMNS. A measure that was switched off is an empty table.
-
-    Raises ValueError, naming the file and if possible the line, for a table that cannot be read.
-    """
-    tables = {}
-    for name, columns in COLUMNS.items():
-        path = find_table(run, name)
-        is_read = name not in OPTIONAL or path.exists()
-        tables[name] = read_table(path, columns) if is_read else pd.DataFrame(columns=columns)
-        if is_read and name in OPTIONAL and tables[name].empty:
-            raise ValueError(f"{path}, line 2, is missing: expected a {OPTIONAL[name]}")
-    if find_last_epoch(tables) < 0 and tables["lr_range"].empty:
-        raise ValueError(f"{run / 'epochs.csv'} holds no finished epoch")
-    return tables
-
-
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return a CSV with numbers as such. Columns of the first version have their present names.
-
-    Raises ValueError, naming the file and if possible the line, if it lacks one of the columns, has a value that is not
-    of its column, or has a row twice.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            text = path.read_text("utf-8")
-            text = text[: text.rfind("\n") + 1]  # a run in progress may have written a part of a line
-            table = pd.read_csv(
-                StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False
-            ).rename(columns=schema.RENAMED_COLUMNS)
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' errors are ValueErrors, and name the line
-        raise ValueError(f"{path} is not a CSV of a run: {' '.join(str(error).split())}") from None
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
-    for column in columns:
-        texts = table[column].fillna("")
-        if column == "set":
-            bad, expected = ~texts.isin(["train", "test"]), "train or test"
-        elif column in WORDS:
-            bad, expected = texts == "", "a name"
-        elif column in COUNTS:
-            # epoch 0 is the network before training
-            least, form = (0, "0|[1-9][0-9]{,8}") if column == "epoch" else (1, "[1-9][0-9]{,8}")
-            bad, expected = ~texts.str.fullmatch(form), f"a whole number from {least}"
-            table[column] = pd.to_numeric(texts, errors="coerce")
-        else:
-            table[column] = pd.to_numeric(texts, errors="coerce")
-            bad, expected = table[column].isna() & (texts != "nan"), "a number"
-        if bad.any():
-            line = int(bad.argmax())
-            raise ValueError(f"{path}, line {line + 2}: {column} is {texts[line]!r}, expected {expected}")
-    keys = [column for column in columns if column in KEYS]
-    repeated = table.duplicated(keys)
-    if repeated.any():
-        line = int(repeated.argmax())
-        row = ", ".join(f"{key} {table[key][line]}" for key in keys)
-        raise ValueError(f"{path}, line {line + 2}: {row} appears twice")
-    return table
-
-
-def update_input_upper(dib: pd.DataFrame) -> pd.DataFrame:
-    """Lower `upper` of the input to the least of the same labeling in any epoch and at any split.
-
-    The input has no encoder and does not change. Every encoder followed by its probe is a decoder of the input.
-    """
-    least = dib.groupby(["seed", "set", "permutation", "labeling"])["upper"].transform("min")
-    return dib.assign(upper=dib["upper"].where(dib["layer"] != INPUT, least))
-
-
-def compute_information(probes: pd.DataFrame, across: str) -> pd.DataFrame:
-    """Return minimality and sufficiency in bits for every seed, set, layer and value of `across`, in order of depth.
-
-    Minimality is the mean of entropy - upper over all labelings of all enumerations. Sufficiency is entropy - upper of
-    the original labels. The columns minimality_by_loss and sufficiency_by_loss have the same of entropy - loss, which
-    is what the probes themselves reached.
-
-    across: "epoch" or "steps".
-    """
-    original = probes["labeling"] == "y"
-    values = probes[["seed", across, "set", "layer"]].copy()
-    keys = list(values)
-    for end, column in (("", "upper"), ("_by_loss", "loss")):
-        bits = (probes["entropy"] - probes[column]) / log(2)
-        values[f"minimality{end}"], values[f"sufficiency{end}"] = bits[~original], bits[original]
-    return values.groupby(keys, sort=False).mean().reset_index()
-
-
-def compute_suboptimal_share(dib: pd.DataFrame) -> pd.Series:
-    """Return the share of known suboptimal probes by set. A probe whose loss is NaN counts as one."""
-    optimal = dib["loss"] - dib["upper"] <= schema.SUBOPTIMAL
-    return 1 - optimal.groupby(dib["set"]).mean()
-
-
-def average_over_seeds(table: pd.DataFrame, keys: list[str], value: str, log: bool = False) -> pd.DataFrame:
-    """Return mean and standard deviation of a value by the keys, over the seeds for which it is finite.
-
-    The columns are the keys, mean, low and high (a standard deviation below and above it) and count (the number of
-    those seeds). The deviation is that with n - 1, and 0 for one seed.
-
-    log: whether mean and deviation are those of the logarithm, for positive values on a log axis (a geometric mean).
-    """
-    values = table[value].astype(float).replace([np.inf, -np.inf], np.nan)
-    if log:
-        values = np.log(values.where(values > 0))
-    over = table.assign(value=values).groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    std = over.pop("std").fillna(0)
-    over["low"], over["high"] = over["mean"] - std, over["mean"] + std
-    if log:
-        over[["mean", "low", "high"]] = np.exp(over[["mean", "low", "high"]])
-    return over
+def join_tables(runs: list[RunTables], name: str, last: int) -> pd.DataFrame:
+    """Return the rows of a table of all runs, in the epochs up to the last that all runs have."""
+    parts = [run.tables[name].assign(seed=run.hparams["seed"]) for run in runs]
+    table = pd.concat(parts, ignore_index=True).rename(columns={"split": "layer"})
+    if name in OPTIONAL:
+        return table
+    # With --measure log the last epoch is always measured, so a shorter run may have an epoch that the others lack.
+    common = set.intersection(*(set(part["epoch"]) for part in parts))
+    return table[table["epoch"].isin(common) & (table["epoch"] <= last)]

@@ -1,4 +1,4 @@
-"""The data sets by name. A set is one tensor on the device; a batch is an index into it."""
+"""The data sets by name. Each has a training set and a test set: Samples on the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +33,12 @@ def load(
     download: bool = False,
     train_size: int | None = None,
 ) -> Dataset:
-    """Return the data set `name` on the device. Its files are in the folder root; download fetches them if missing.
+    """Return the data set `name` on the device.
 
-    train_size: how many training samples to use, as many of each class, always the same ones, in data order; None for
-    all. Raises ValueError for an unknown name, for files that are missing or damaged, and for a train_size that is not
-    a multiple of the number of classes, or for which a class has too few samples.
+    root: the folder of the files. download: whether to download missing files. train_size: the number of training
+    samples, the same number from each class (None: all). The same samples are chosen each time, in data order. Raises
+    ValueError for an unknown name, for files that are missing or damaged, and for a train_size that is not a multiple
+    of the number of classes, or for which a class has too few samples.
     """
     if name not in SOURCES:
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(SOURCES)}")
@@ -46,14 +47,14 @@ def load(
         chosen = choose_evenly(y_train, train_size, num_classes, f"the training size of {name}")
         x_train, y_train = x_train[chosen], y_train[chosen]
     mean, std = _compute_moments(x_train)
-    train, test = (
-        Samples(*(t.to(device) for t in (x, y, mean, std))) for x, y in ((x_train, y_train), (x_test, y_test))
-    )
+    mean, std = mean.to(device), std.to(device)
+    train = Samples(x_train.to(device), y_train.to(device), mean, std)
+    test = Samples(x_test.to(device), y_test.to(device), mean, std)
     return Dataset(train, test, num_classes, tuple(x_train.shape[1:]))
 
 
 def _compute_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the channels of uint8 images, (channels, 1, 1); 0 and 1 for floats."""
+    """Return mean and standard deviation of the channels of uint8 images, (channels, 1, 1). For floats return 0, 1."""
     if x.is_floating_point():
         return torch.zeros(1), torch.ones(1)
     values = torch.arange(256, dtype=torch.float64)

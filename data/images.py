@@ -40,25 +40,26 @@ FOLDERS = {"CIFAR10": "cifar-10-batches-py", "FashionMNIST": "FashionMNIST/raw",
 def load(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return train inputs (N, channels, height, width) uint8 and labels (N,) int64, test inputs and labels, and C.
 
-    Raises ValueError if files are missing or are not the published ones.
+    Raises ValueError if files are missing or differ from the published files.
     """
-    _refuse_others(name, Path(root, FOLDERS[name]), download)
+    _check_or_rename_files(name, Path(root, FOLDERS[name]), download)
     return (*_read(name, root, True, download), *_read(name, root, False, download), NUM_CLASSES)
 
 
-def _refuse_others(name: str, folder: Path, download: bool) -> None:
-    """Raise ValueError for a file that is not the published one.
+def _check_or_rename_files(name: str, folder: Path, download: bool) -> None:
+    """Raise ValueError for a file that differs from the published file.
 
-    With download, rename the file instead: torchvision downloads only files that are missing.
+    With download, rename the file instead, because torchvision downloads only missing files.
     """
     for file, published in MD5[name].items():
         path = folder / file
         if not path.is_file() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == published:
             continue
+        problem = f"{path} differs from the published file of {name}"
         if not download:
-            raise ValueError(f"{path} is not the file of {name}: run once with --download to download it again")
+            raise ValueError(f"{problem}: run once with --download to replace it")
         aside = path.with_name(f"{file}.other")
-        print(f"{path} is not the file of {name}: it is renamed to {aside.name}", file=sys.stderr)
+        print(f"{problem}: renamed to {aside.name}", file=sys.stderr)
         path.replace(aside)
 
 

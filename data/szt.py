@@ -28,7 +28,7 @@ def make_patterns() -> tuple[Tensor, Tensor]:
 def load(root: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return train inputs and labels, test inputs and labels, and the number of classes. No file is read.
 
-    85 % of each class, always the same patterns, is the training set. Both sets are in binary order.
+    The training set has 85 % of each class, the same patterns each time. Both sets are in binary order.
     """
     x, y = make_patterns()
     test = choose_per_class(y, [round(TEST_SHARE * n) for n in torch.bincount(y).tolist()])

@@ -1,1 +1,1 @@
-"""What the measures nc1 and dib stand on. Importing this package does not import torch."""
+"""Modules that nc1, dib and the training of networks share. Importing this package does not import torch."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-CACHE_BYTES = 4 * 2**30  # on a CPU
+CACHE_BYTES = 4 * 2**30  # the default; train.py calls choose_cache_bytes instead
 
 
 @contextmanager
@@ -26,12 +26,12 @@ def disable_tf32() -> Iterator[None]:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether training steps use bfloat16 by default: on a GPU that has it. On a CPU it saves little time."""
+    """Return whether the device is a GPU that supports bfloat16. On a CPU bfloat16 saves little time."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_cache_bytes(device: torch.device) -> int:
-    """Return how many bytes of activations a measure may cache: on CUDA a third of the memory that is not in use."""
+    """Return the number of bytes to cache: on CUDA a third of the unused memory, on a CPU CACHE_BYTES."""
     if device.type != "cuda":
         return CACHE_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -39,9 +39,9 @@ def choose_cache_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory ran out.
+    """Return whether an error is an out-of-memory error.
 
-    torch's allocators raise a type of their own. The driver, cuBLAS, cuDNN and the CPU say it in the message.
+    torch's allocators raise OutOfMemoryError. Errors of the driver, cuBLAS, cuDNN and the CPU have it in the message.
     """
     messages = ("out of memory", "alloc_failed", "allocation_failed", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in messages)

@@ -1,6 +1,6 @@
-"""The processes of one run, as torchrun starts them: who this process is, what it works on, and what all of them share.
+"""Functions for the processes that torchrun starts: rank and world size, shares of work, and collective operations.
 
-Every function also works in a program that is a single process.
+All functions also work without torchrun, in a single process.
 """
 
 import os
@@ -36,27 +36,8 @@ def get_world_size() -> int:
 
 
 def take_share(items: Sequence) -> Sequence:
-    """Return every n-th of the items, for n processes: shares are disjoint, and their lengths differ by 1 at most."""
+    """Return the items of this process: every n-th item, starting with its rank, where n is the number of processes."""
     return items[get_rank() :: get_world_size()]
-
-
-def deal_probes(costs: dict[int, float], J: int, world_size: int) -> list[list[tuple[int, int]]]:
-    """Assign the probes (k, j), J of each split k, to processes of about the same total cost.
-
-    costs: {k: cost of one probe}. The probes of a split share products and an encoder. They stay in one process as
-    long as its load is at most 1.1 times the mean.
-    """
-    shares, loads = [[] for _ in range(world_size)], [0.0] * world_size
-    most = 1.1 * J * sum(costs.values()) / world_size
-    for k, cost in sorted(costs.items(), key=lambda item: -item[1]):
-        j = 0
-        while j < J:
-            idlest = loads.index(min(loads))
-            count = min(J - j, max(1, int((most - loads[idlest]) / cost)))
-            shares[idlest] += [(k, i) for i in range(j, j + count)]
-            loads[idlest] += count * cost
-            j += count
-    return [sorted(share) for share in shares]
 
 
 def all_reduce_sum(*tensors: Tensor) -> None:
@@ -74,7 +55,7 @@ def broadcast(*tensors: Tensor) -> None:
 
 
 def broadcast_object(thing: Any) -> Any:
-    """Return the object that the first process passes, in every process."""
+    """Broadcast a picklable object from the first process, and return it."""
     things = [thing]
     if _is_distributed():
         dist.broadcast_object_list(things)
@@ -83,7 +64,7 @@ def broadcast_object(thing: Any) -> Any:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a ValueError or OSError of one process as a ValueError in all, so that none of them goes on alone."""
+    """Raise ValueError in all processes if one of them raises ValueError or OSError in the `with` block."""
     refusal = None
     try:
         yield
@@ -100,7 +81,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def wait_for_first_rank(enabled: bool) -> Iterator[None]:
-    """Let the first process run the body before the others do, if enabled."""
+    """Run the `with` block in the first process before the others run it, if enabled."""
     if enabled and get_rank() > 0:
         wait_for_all()
     try:

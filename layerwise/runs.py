@@ -1,4 +1,4 @@
-"""The folder of a run: a lock on it, and files that are whole after a crash at any moment. No torch is needed."""
+"""Functions for the folder of a run: locking, atomic writes, and appending rows. torch is not imported."""
 
 import csv
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from layerwise.schema import COLUMNS
 
-# The errors of file systems that lack a function, as those of some networks and containers.
+# Errors of file systems that do not support an operation, for example some network file systems.
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -29,18 +29,10 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            warn_once(f"the file system of {folder} has no locks: a second process that writes there is not stopped")
+            warn_once(f"the file system of {folder} has no locks: do not start a second run in this folder")
         yield
     finally:
         os.close(descriptor)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise ValueError if the folder holds a run with at least one finished epoch."""
-    tables = [name for name in COLUMNS if (folder / name).exists()]
-    unmeasured = tables and all((folder / name).read_bytes() == make_header(name) for name in tables)
-    if (tables or (folder / "checkpoint.pt").exists()) and not unmeasured:
-        raise ValueError(f"{folder} already holds a run: continue it with --resume, or name another with --run-dir")
 
 
 def make_header(name: str) -> bytes:
@@ -54,7 +46,7 @@ def write_hparams(folder: Path, hparams: dict) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file. After an error, or a crash at any moment, it holds either the old content or the new."""
+    """Replace a file. After an error or a crash, it has either the old or the new content."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -67,11 +59,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name has to reach the disk as well
+        os.fsync(folder)  # flush the new name, too
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        warn_once(f"the file system of {path.parent} cannot flush folders: a power failure may lose an epoch")
+        warn_once(f"the file system of {path.parent} cannot flush folders: a power failure may lose the last epoch")
     finally:
         os.close(folder)
 
@@ -83,9 +75,9 @@ def warn_once(line: str) -> None:
 
 
 def append_rows(folder: Path, rows: dict[str, list[tuple]]) -> None:
-    """Add the rows of an epoch, {table: rows}, and wait until they are on the disk.
+    """Append the rows of an epoch, {table: rows}, and flush them to disk.
 
-    convergence.csv is removed: its network is no longer that of the last epoch.
+    convergence.csv is removed, because it describes the network of the epoch before.
     """
     (folder / "convergence.csv").unlink(missing_ok=True)
     for name in COLUMNS:
@@ -99,5 +91,5 @@ def find_newest_run(folder: Path = Path("runs")) -> Path:
     """Return the run in the folder whose hparams.json was written last. Raises ValueError if there is none."""
     found = sorted(folder.glob("*/hparams.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"no run in {folder.resolve()}: make train makes one, and RUN=folder names one elsewhere")
+        raise ValueError(f"no run in {folder.resolve()}: create one with make train, or choose a run with RUN=folder")
     return found[-1].parent

@@ -1,4 +1,4 @@
-"""The samples of a set: two tensors, inputs and labels. A batch is an index into both."""
+"""Samples: the inputs and labels of a set, as two tensors. A batch is read by indexing both."""
 
 import os
 
@@ -8,15 +8,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-READ_TOGETHER = 256  # samples of a Dataset in one read
+READ_BATCH_SIZE = 256  # samples per read of a Dataset
 
 
 class Samples:
     """The inputs (N, ...) and the labels (N,) of a set, on one device.
 
-    inputs: kept in the dtype in which they are given. labels: integers, converted to int64. mean, std: of the channels
-    of uint8 images, (channels, 1, 1); `batch` then normalises them. Without them `batch` returns inputs as they are.
-    Raises ValueError for labels that are not one integer for each input.
+    inputs: of any dtype. labels: integers, converted to int64. mean, std: (channels, 1, 1). If they are given, `batch`
+    normalises integer images with them. Raises ValueError if inputs or labels are not valid.
     """
 
     def __init__(self, inputs: Tensor, labels: Tensor, mean: Tensor | None = None, std: Tensor | None = None):
@@ -26,7 +25,7 @@ class Samples:
         is_integer = not labels.is_floating_point() and not labels.is_complex()
         if not is_integer or labels.dim() != 1 or labels.shape != inputs.shape[:1] or not len(labels):
             given = f"inputs {tuple(inputs.shape)} and {labels.dtype} labels {tuple(labels.shape)}"
-            raise ValueError(f"labels must be integers (N,), one for each of N inputs, at least one, got {given}")
+            raise ValueError(f"labels must be an integer tensor (N,) with N = len(inputs) >= 1, got {given}")
         if labels.device != inputs.device:
             raise ValueError(f"inputs are on {inputs.device} and labels on {labels.device}: expected one device")
         self.inputs, self.labels, self.mean, self.std = inputs, labels.long(), mean, std
@@ -35,8 +34,8 @@ class Samples:
     def of(cls, source: Dataset | DataLoader, device: torch.device | str = "cpu") -> "Samples":
         """Read all samples of a torch Dataset or DataLoader once, and put them on the device.
 
-        A random transform is drawn once for each sample. Raises ValueError for samples that are not (input, label),
-        that differ in shape, or that do not fit in memory.
+        Random transforms are applied once, when the samples are read. Raises ValueError for samples that are not
+        (input, label), that differ in shape, or that do not fit in memory.
         """
         return cls(*read_all(source, device))
 
@@ -44,22 +43,22 @@ class Samples:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs (B, ...) and labels (B,) of the samples at indices (B,). Images are normalised float32."""
+        """Return inputs (B, ...) and labels (B,) of the samples with these indices. Normalised images are float32."""
         x = self.inputs[indices]
         if self.mean is not None and not x.is_floating_point():
             x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return x, self.labels[indices]
 
     def choose(self, size: int, num_classes: int, what: str) -> "Samples":
-        """Return size of these samples, as many of each class, always the same ones; `what` names them in errors."""
+        """Return a subset of `size` samples, the same number from each class. See choose_evenly."""
         chosen = choose_evenly(self.labels.cpu(), size, num_classes, what).to(self.labels.device)
         return Samples(self.inputs[chosen], self.labels[chosen], self.mean, self.std)
 
 
 def choose_per_class(labels: Tensor, sizes: list[int]) -> Tensor:
-    """Return a mask (N,) bool that selects sizes[c] samples of each class c at random, always the same ones.
+    """Return a boolean mask (N,) of sizes[c] samples of each class c. The choice is random with a fixed seed.
 
-    numpy guarantees the random numbers of RandomState (NEP 19), so every version selects the same samples.
+    numpy guarantees the random numbers of RandomState (NEP 19), so every version chooses the same samples.
     """
     shuffled = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -69,10 +68,10 @@ def choose_per_class(labels: Tensor, sizes: list[int]) -> Tensor:
 
 
 def choose_evenly(labels: Tensor, size: int, num_classes: int, what: str) -> Tensor:
-    """Return a mask (N,) bool that selects size samples, as many of each class, always the same ones.
+    """Return a boolean mask (N,) of `size` samples, the same number from each class. The same are chosen each time.
 
-    Raises ValueError, naming `what` is chosen, for a size that is not a multiple of num_classes, or for which a class
-    has too few samples.
+    Raises ValueError if size is not a multiple of num_classes, or if a class has too few samples. The message begins
+    with `what`.
     """
     each, rest = divmod(size, num_classes)
     most = num_classes * torch.bincount(labels, minlength=num_classes).min().item()
@@ -82,21 +81,18 @@ def choose_evenly(labels: Tensor, size: int, num_classes: int, what: str) -> Ten
 
 
 def read_all(source: Dataset | DataLoader, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return the inputs (N, ...) and the labels (N,) of all samples of the source on the device, in its order.
-
-    Raises ValueError for samples that are not (input, label), that differ in shape, or that do not fit in memory.
-    """
+    """Read all samples of the source in order. Return inputs (N, ...) and labels (N,) on the device."""
     device = torch.device(device)
     if isinstance(source, DataLoader):
         loader = source
     else:  # with a generator: without one a DataLoader draws from torch's global generator
-        loader = DataLoader(source, READ_TOGETHER, generator=torch.Generator())
+        loader = DataLoader(source, READ_BATCH_SIZE, generator=torch.Generator())
     read = []
     try:
         for batch in tqdm(loader, "reading samples", leave=False, disable=None, delay=1):
             x, y = validate_pair(batch)
             if not read:
-                refuse_large(loader, x, device)
+                validate_size(loader, x, device)
             read.append((x.to(device), y.to(device)))
         if not read:
             raise ValueError("there are no samples to read")
@@ -106,7 +102,7 @@ def read_all(source: Dataset | DataLoader, device: torch.device | str = "cpu") -
             raise ValueError(f"the samples do not fit in the memory of {device}, after {len(read)} batches") from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the samples cannot be put into one tensor (images need transforms to tensors of one size): {reason}"
+            f"the samples cannot be stacked (images must be transformed to tensors of the same size): {reason}"
         ) from error
     return inputs, labels
 
@@ -118,11 +114,11 @@ def validate_pair(batch: object) -> tuple[Tensor, Tensor]:
     got = type(batch).__name__
     if isinstance(batch, (tuple, list)):
         got += " of " + ", ".join(type(t).__name__ for t in batch)
-    raise ValueError(f"a sample must be (input, label), the input a tensor and the label a number; a batch is a {got}")
+    raise ValueError(f"each sample must be (input, label), a tensor and a number, got batches of type {got}")
 
 
-def refuse_large(loader: DataLoader, x: Tensor, device: torch.device) -> None:
-    """Raise ValueError if batches like x, together with the tensor made of them, exceed the memory of the device."""
+def validate_size(loader: DataLoader, x: Tensor, device: torch.device) -> None:
+    """Raise ValueError if batches like x and their concatenation do not fit in the memory of the device."""
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     else:
@@ -130,6 +126,6 @@ def refuse_large(loader: DataLoader, x: Tensor, device: torch.device) -> None:
     needed = 2 * x.nbytes * len(loader) if hasattr(loader.dataset, "__len__") else 0
     if needed > memory:
         raise ValueError(
-            f"{len(loader.dataset)} samples of {tuple(x.shape[1:])} {x.dtype} take {needed / 1e9:.3g} GB while they "
-            f"become one tensor, and {device} has {memory / 1e9:.3g}: take a Subset, or smaller inputs"
+            f"reading {len(loader.dataset)} samples of {tuple(x.shape[1:])} {x.dtype} needs {needed / 1e9:.3g} GB, but "
+            f"{device} has only {memory / 1e9:.3g} GB: use a torch.utils.data.Subset or smaller inputs"
         )

@@ -1,30 +1,31 @@
-"""The tables of a run's folder: their columns, what identifies a row, and the names that earlier versions used.
+"""Columns of the CSV files of a run, hparams that may change when a run is resumed, and names of earlier versions.
 
-The programs that write the tables and those that read them import this module. It needs nothing but Python.
+It imports the standard library only.
 """
 
 from math import log
 
-# The tables that get rows in every epoch. epochs.csv is written last.
+# Tables to which rows are appended at the end of an epoch. epochs.csv is written last.
 COLUMNS = {
     "nc1.csv": "epoch,set,layer,dim,rank,nc1,kept,dropped",
     "dib.csv": "epoch,set,split,permutation,labeling,entropy,loss,upper",
     "epochs.csv": "epoch,set,loss,accuracy,seconds",
 }
-# The table of a learning-rate range test. `chosen` is 1 in the row of the rate that the run then used.
+# The table of a learning-rate range test. `chosen` is 1 in the row of the selected learning rate, else 0.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
-# The table of `make convergence`: the probes of the last epoch, trained for more steps.
+# The table of `make convergence`: the probes of the last epoch. `factor` multiplies the number of their steps.
 CONVERGENCE = "factor,steps,set,split,permutation,labeling,entropy,loss,upper"
 
-# A probe is known suboptimal if its loss is more than this above `upper`, in nats: a thousandth of a bit.
+# A probe is known suboptimal if loss - upper > SUBOPTIMAL. In nats; it is 0.001 bits.
 SUBOPTIMAL = 1e-3 * log(2)
 
-# Flags that say how far, where and with what a run is made. A resumed run may change them.
-ELSEWHERE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
-# Flags that may be chosen again when a run is resumed, because the device decides them.
-MAY_DIFFER = (*ELSEWHERE, "chosen", "compile", "precision")
+# Hparams that do not determine the results of an epoch. They may change when a run is resumed.
+MAY_CHANGE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
+# Flags whose default depends on the device. `chosen` lists those that were not given: --resume chooses them again.
+DEVICE_DEFAULTS = ("compile", "device", "precision")
 
-# What the first version called things. Its tables are still read; its flags and targets are refused by name.
+# Names of version 1, mapped to the present names. Its CSV files can be read. Its flags and make targets raise an error
+# that gives the new name.
 RENAMED_FLAGS = {"--heads": "--probes"}
 RENAMED_TARGETS = {"settle": "convergence"}
 RENAMED_FILES = {"settle.csv": "convergence.csv"}

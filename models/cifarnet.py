@@ -10,7 +10,7 @@ def build(input_shape: tuple[int, ...], num_classes: int, whitening: Tensor | No
     """Build the blocks whiten (frozen 2 x 2 filters with a bias, GELU), group1 .. group3, pool (to 256 features) and
     classifier.
 
-    whitening: the frozen filters, as compute_whitening returns them. Without it the frozen filters are random.
+    whitening: the frozen filters (see compute_whitening). If None, they are random.
     """
     channels = input_shape[0]
     first = nn.Conv2d(channels, 8 * channels, 2)
@@ -36,8 +36,8 @@ def compute_whitening(images: Tensor) -> Tensor:
     """Return the whitening filters (8 channels, channels, 2, 2) of images (N, channels, height, width).
 
     The filters are the eigenvectors of the second moments of all 2 x 2 patches, each divided by
-    sqrt(eigenvalue + 5e-4), and their negatives. As in the source, the mean is not subtracted; that of normalised
-    images is nearly 0.
+    sqrt(eigenvalue + 5e-4), and their negatives. As in the original code, the mean is not subtracted. For normalised
+    images it is nearly 0.
     """
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()  # (patches, d)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -56,13 +56,13 @@ def _build_conv(fan_in: int, width: int) -> nn.Conv2d:
     """Build a 3 x 3 convolution without bias. The first fan_in filters are the identity at construction."""
     conv = nn.Conv2d(fan_in, width, 3, padding="same", bias=False)
     filters = conv.weight.data[:fan_in]
-    filters.zero_()  # not nn.init.dirac_, which writes one number at a time: on CUDA, one launch each
+    filters.zero_()  # nn.init.dirac_ is slow on CUDA: it launches a kernel for each number
     filters[:, :, 1, 1] = torch.eye(*filters.shape[:2])
     return conv
 
 
 def _build_norm(width: int) -> nn.BatchNorm2d:
-    """Build a BatchNorm with a trained shift and no trained scale, and the momentum and epsilon of the source."""
+    """Build a BatchNorm with a trained shift, no trained scale, and momentum and epsilon of the original code."""
     norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
     del norm.weight
     norm.register_buffer("weight", torch.ones(width))
@@ -70,7 +70,7 @@ def _build_norm(width: int) -> nn.BatchNorm2d:
 
 
 class _Divide(nn.Module):
-    """Divide by a constant. The source divides the logits instead, which is the same: 256 is a power of two."""
+    """Divide by a constant. The original code divides the logits instead: the same, as 256 is a power of two."""
 
     def __init__(self, by: float):
         super().__init__()

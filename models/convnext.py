@@ -8,7 +8,8 @@ def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """Build the blocks stem, block1 .. block18 with down1 .. down3 between the stages, pool (to 768 features) and
     classifier (linear).
 
-    There are as many input channels as the data has. Images smaller than 32 x 32 are padded with zeros to that size.
+    The first convolution has the number of input channels of the data. Images smaller than 32 x 32 are padded with
+    zeros to that size.
     """
     channels, height, width = input_shape
     net = convnext_tiny(num_classes=num_classes)

@@ -7,7 +7,7 @@ from torchvision.models import resnet18
 def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """Build the blocks stem, block1 .. block8, pool (to 512 features) and classifier (linear).
 
-    There are as many input channels as the data has.
+    The first convolution has the number of input channels of the data.
     """
     net = resnet18(num_classes=num_classes)
     if input_shape[0] != 3:

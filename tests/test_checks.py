@@ -1,4 +1,4 @@
-"""Unusual networks, samples and constructors are measured correctly, or refused in one sentence. Nothing is changed."""
+"""Unusual networks, samples and make_model functions are measured correctly, or refused. Nothing is changed."""
 
 import copy
 import math
@@ -71,7 +71,7 @@ def make_hooked_net(register: str) -> nn.Sequential:
 
 
 def make_net_with_own_forward() -> nn.Sequential:
-    """Build a network with a layer whose instance has a forward of its own."""
+    """Build a network with a layer whose instance has another forward than its type."""
     model = make_net()
     model[4].forward = lambda x: 0 * F.linear(x, model[4].weight)
     return model
@@ -90,7 +90,7 @@ def make_net_with_own_forward() -> nn.Sequential:
     ],
     ids=["type", "Sequential", "first", "hook", "pre-hook", "instance"],
 )
-def test_layers_with_a_forward_of_their_own_are_run_by_it(make_model, probes):
+def test_layers_that_override_forward_are_run_by_it(make_model, probes):
     """All logits are 0. Stacked probes or a linear optimum would have other ones."""
     for of_split in measure(make_model, (0, 1), probes=probes).values():
         assert [probe.loss for probe in of_split] == pytest.approx([math.log(3)] * len(of_split))
@@ -295,7 +295,7 @@ class AlwaysTraining(nn.BatchNorm1d):
 )
 def test_blocks_that_mix_samples_or_draw_random_numbers_are_refused(make_model, splits):
     name = 2 if isinstance(make_model()[1], nn.LSTM) else 1
-    message = f"block '{name}' returns other outputs for a sample when the other samples of the batch differ"
+    message = f"block '{name}': the output for a sample depends on the other samples of the batch"
     assert_refused(message, make_model, (0,) if name == 2 else splits)
 
 
@@ -317,13 +317,13 @@ def compute_probabilities(x: Tensor) -> Tensor:
     ("make_model", "splits", "message"),
     [
         (lambda: Lambda(torch.tanh), (0,), "the model must be an nn.Sequential, .* got Lambda"),
-        (lambda: ZeroSequential(nn.Linear(6, 3)), (0,), "the model has a forward of its own"),
+        (lambda: ZeroSequential(nn.Linear(6, 3)), (0,), "the model overrides forward"),
         (
             lambda: make_net_with_block(lambda z: (z, z)),
             (2,),
-            r"split 2 needs encodings, .* block '1' returns tuple of",
+            r"the encodings of split 2 must be a tensor with 15 rows, but block '1' returns tuple of",
         ),
-        (lambda: make_net_with_block(lambda z: z.repeat(2, 1)), (2,), r"split 2 needs encodings, .*float64 \(30, 5\)"),
+        (lambda: make_net_with_block(lambda z: z.repeat(2, 1)), (2,), r"the encodings of split 2 .*float64 \(30, 5\)"),
         (
             lambda: make_net_ending_in(nn.Linear(5, 2)),
             (0,),
@@ -331,12 +331,16 @@ def compute_probabilities(x: Tensor) -> Tensor:
         ),
         (lambda: make_net(nn.Linear(6, 3), Lambda(lambda z: {"logits": z})), (0,), "must return logits, .* got dict"),
         (lambda: make_net(nn.Linear(6, 3), nn.Unflatten(1, (3, 1))), (0,), r"must return logits, .*\(15, 3, 1\)"),
-        (lambda: make_net(nn.Linear(6, 3), nn.Softmax(1)), (0,), "the model returns probabilities"),
-        (lambda: make_net(nn.Linear(6, 3), Lambda(compute_probabilities)), (0,), "the model returns probabilities"),
+        (lambda: make_net(nn.Linear(6, 3), nn.Softmax(1)), (0,), "got probabilities"),
+        (
+            lambda: make_net(nn.Linear(6, 3), Lambda(compute_probabilities)),
+            (0,),
+            "got probabilities",
+        ),
         (lambda: make_net(nn.Linear(7, 3)), (0,), r"block '0' fails on torch.float64 \(15, 6\) on cpu: .*shapes"),
         (lambda: make_net().float(), (0,), r"block '0' fails on torch.float64 .*dtype"),
         (lambda: make_net().to("meta"), (0,), r"block '0' fails on torch.float64 \(15, 6\) on cpu: .*meta"),
-        (make_net, (5,), r"k must lie in 0\.\.4, so that a decoder is left, got 5"),
+        (make_net, (5,), r"k must lie in 0\.\.4, so that model\[k:\] is not empty, got 5"),
         (make_net, (1.0,), "k must lie in .* got 1.0"),
         (make_net, ("hidden1",), "k must lie in .* got 'hidden1'"),
     ],
@@ -351,13 +355,13 @@ def test_models_that_cannot_be_measured_are_refused(make_model, splits, message)
 def test_a_hook_on_the_model_itself_is_refused(register):
     model = make_net()
     getattr(model, register)(lambda *of: None)
-    assert_refused("the model has a hook, which its slices would not have", model=model)
+    assert_refused("the model has a hook, which its slices would not run", model=model)
 
 
 def test_a_forward_set_on_the_model_itself_is_refused():
     model = make_net()
     model.forward = lambda x: 0 * x
-    assert_refused("DIB: the model has a forward", model=model)
+    assert_refused("DIB: the model overrides forward", model=model)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 0.1)])
@@ -384,36 +388,36 @@ def assert_refused_unchanged(make_other, message: str, model: nn.Sequential) -> 
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
 
-def test_constructors_that_do_not_build_the_network_anew_are_refused():
+def test_functions_that_do_not_return_a_newly_initialised_model_are_refused():
     model = make_net(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     made = copy.deepcopy(model)
     norm = copy.deepcopy(model[1])
     for layer in (*made[::3], norm):
         layer.weight.data += 1
     check = partial(assert_refused_unchanged, model=model)
-    check(lambda: model, r"must build the network anew, and 0\.weight is that of the model")
-    check(lambda: made, r"must build the network anew, and 0\.weight is that of the network that it returned before")
-    check(lambda: make_net(nn.Linear(6, 5), model[1], nn.Tanh(), nn.Linear(5, 3)), r"1\.weight is that of the model")
+    check(lambda: model, r"must return new tensors, but 0\.weight shares memory with the model")
+    check(lambda: made, r"0\.weight shares memory with the network that it returned before")
+    check(lambda: make_net(nn.Linear(6, 5), model[1], nn.Tanh(), nn.Linear(5, 3)), r"1\.weight shares memory")
     norm.running_mean = model[1].running_mean
-    check(lambda: make_net(nn.Linear(6, 5), norm, nn.Tanh(), nn.Linear(5, 3)), r"1\.running_mean is that of the model")
+    check(lambda: make_net(nn.Linear(6, 5), norm, nn.Tanh(), nn.Linear(5, 3)), r"1\.running_mean shares memory")
     check(
         lambda: copy.deepcopy(model),
-        "must draw weights from torch's global generators, and returns the same ones twice",
+        "must draw its weights from torch's global generators, but two calls return equal weights",
     )
-    check(model, "make_model must be a function that builds the network anew, got Sequential")
+    check(model, "make_model must be a function that returns a newly initialised model, got Sequential")
     check(lambda: None, "what make_model.. returns must be an nn.Sequential, .* got NoneType")
-    check(lambda: make_net(*copy.deepcopy(model), nn.ReLU()), "returns 5 blocks, and the model has 4")
+    check(lambda: make_net(*copy.deepcopy(model), nn.ReLU()), "returns 5 blocks, but the model has 4")
     check(
         lambda: make_net(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)),
-        r"returns another network: 0\.weight is of shape \(7, 6\), and of shape \(5, 6\) in the model",
+        r"returns another network: 0\.weight is of shape \(7, 6\), but of shape \(5, 6\) in the model",
     )
     check(
         lambda: make_net(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3, bias=False)),
-        r"returns another network: 3\.bias is missing, and of shape \(3,\) in the model",
+        r"returns another network: 3\.bias is missing, but of shape \(3,\) in the model",
     )
     check(
         lambda: make_net(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
-        "block '2' of what make_model.. returns, with the model's weights, computes other outputs",
+        "with the same weights, block '2' of the network that make_model.. returns has different outputs",
     )
     check(
         lambda: nn.Sequential(nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Tanh(), nn.LazyLinear(3)),
@@ -475,10 +479,13 @@ def test_labels_of_any_integer_type_are_measured():
         ),
         (
             lambda self, i: (self.inputs[i] + torch.randn(len(i), 1), self.labels[i]),
-            "must return the same input and label",
+            "must return the same values",
         ),
-        (lambda self, i: (self.inputs[i.sort()[0]], self.labels[i.sort()[0]]), "must return the same input and label"),
-        (lambda self, i: (self.inputs[i], self.labels[i - 1]), "must return the same input and label"),
+        (
+            lambda self, i: (self.inputs[i.sort()[0]], self.labels[i.sort()[0]]),
+            "must return the same values",
+        ),
+        (lambda self, i: (self.inputs[i], self.labels[i - 1]), "must return the same values"),
     ],
     ids=["inputs alone", "three", "dict", "all", "drawn", "sorted", "other labels"],
 )

@@ -1,6 +1,5 @@
 """The flags of train.py: options of torch's optimizers, schedules, recipes, measured epochs, and a resumed run."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from analysis import gallery, tables
 from layerwise import schema
 from tests.toys import QUICK, SMALL, assert_same_run, refusal
 from tools import sweep
-from training import checkpoint, configuration
+from training import checkpoint, configuration, optimizers, setup
+from training.flags import Config
+from training.recipes import RECIPES
 
 SHORT = [*QUICK, "--no-dib", "--no-nc1"]
 
@@ -46,7 +47,7 @@ def test_momentum_and_weight_decay_are_those_of_torch(tmp_path):
     """Compare with two steps computed here, on one batch, from the initial weights of a run."""
     train.main([*SHORT, "-b", "64", "-opt", "SGD", "momentum=0.5", "weight_decay=0.1", "--epochs", "2",
                 "--run-dir", str(tmp_path / "run")])  # fmt: skip
-    run, _ = train.prepare(configuration.parse([*SHORT, "--run-dir", str(tmp_path / "other")]))
+    run, _ = setup.prepare_run(configuration.parse([*SHORT, "--run-dir", str(tmp_path / "other")]))
     x, y = run.sets["train"].batch(torch.arange(64))
     momenta = [torch.zeros_like(p) for p in run.model.parameters()]
     for _ in range(2):
@@ -55,7 +56,7 @@ def test_momentum_and_weight_decay_are_those_of_torch(tmp_path):
         with torch.no_grad():
             for i, (p, m) in enumerate(zip(run.model.parameters(), momenta, strict=True)):
                 momenta[i] = 0.5 * m + p.grad + 0.1 * p
-                p -= configuration.LEARNING_RATE * momenta[i]
+                p -= optimizers.LEARNING_RATE * momenta[i]
     after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     for name, p in run.model.named_parameters():
         torch.testing.assert_close(after[name], p.detach())
@@ -64,21 +65,21 @@ def test_momentum_and_weight_decay_are_those_of_torch(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["SGD", "momentun=0.9"], "torch.optim.SGD refuses momentun=0.9: SGD.__init__() got an unexpected keyword"),
-        (["SGD", "momentum=-1"], "torch.optim.SGD refuses momentum=-1: Invalid momentum value: -1"),
-        (["SGD", "nesterov=True"], "torch.optim.SGD refuses nesterov=True: Nesterov momentum requires a momentum"),
-        (["Adam", "betas=0.9"], "torch.optim.Adam refuses betas=0.9: "),
-        (["Adam", "betas=0.9,2"], "torch.optim.Adam refuses betas=[0.9, 2]: Invalid beta parameter at index 1: 2"),
+        (["SGD", "momentun=0.9"], "torch.optim.SGD does not accept momentun=0.9: SGD.__init__() got an unexpected"),
+        (["SGD", "momentum=-1"], "torch.optim.SGD does not accept momentum=-1: Invalid momentum value: -1"),
+        (["SGD", "nesterov=True"], "torch.optim.SGD does not accept nesterov=True: Nesterov momentum requires"),
+        (["Adam", "betas=0.9"], "torch.optim.Adam does not accept betas=0.9: "),
+        (["Adam", "betas=0.9,2"], "torch.optim.Adam does not accept betas=[0.9, 2]: Invalid beta parameter at index 1"),
         (["SGD", "momentum"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'momentum'"),
         (["SGD", "momentum=fast"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'momentum=fast'"),
         (
             ["AdamW", "fused=False", "capturable=True"],
-            "torch.optim.AdamW refuses fused=False capturable=True: If captur",
+            "torch.optim.AdamW does not accept fused=False capturable=True: If captur",
         ),
-        (["SGD", "dampening='x'"], "torch.optim.SGD refuses dampening=x: "),
+        (["SGD", "dampening='x'"], "torch.optim.SGD does not accept dampening=x: "),
         (["SGD", "dampening=1j"], "expected options like momentum=0.9 or betas=0.9,0.99, got 'dampening=1j'"),
-        (["Adam", "betas={}"], "torch.optim.Adam refuses betas={}: "),
-        (["SGD", "lr=0.1"], "--learning-rate sets the learning rate, got lr as an option"),
+        (["Adam", "betas={}"], "torch.optim.Adam does not accept betas={}: "),
+        (["SGD", "lr=0.1"], "lr is not an option here: use --learning-rate"),
         (["Lion", "momentum=0.9"], "invalid choice: 'Lion'"),
     ],
 )
@@ -103,7 +104,7 @@ def test_the_schedule_is_stepped_after_each_training_step(tmp_path):
 def list_rates(schedule: str, steps: int) -> list[float]:
     """Return the learning rate of every step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    scheduler = configuration.make_schedule(argparse.Namespace(schedule=schedule, learning_rate=1.0), optimizer, steps)
+    scheduler = optimizers.make_schedule(schedule, optimizer, 1.0, steps)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -127,7 +128,7 @@ def test_schedules_have_their_known_rates():
     assert cycle[-1] < 1e-4
 
 
-@pytest.mark.parametrize("schedule", configuration.SCHEDULES)
+@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
 def test_a_resumed_run_continues_its_schedule(tmp_path, monkeypatch, capsys, schedule):
     command = [*SHORT, "--schedule", schedule, "--epochs", "3"]
     train.main([*command, "--run-dir", str(tmp_path / "whole")])
@@ -149,18 +150,18 @@ def test_a_resumed_run_continues_its_schedule(tmp_path, monkeypatch, capsys, sch
         train.main([*again, "--epochs", "4"])
     else:
         error = refusal(capsys, *again, "--epochs", "4")
-        assert f"--epochs cannot grow from 3 to 4, on which --schedule {schedule} depends" in error
+        assert f"--epochs cannot change from 3 to 4, because --schedule {schedule} depends on it" in error
 
 
 def test_a_recipe_sets_the_flags_that_are_not_given(tmp_path):
-    recipe = configuration.RECIPES["papyan"]
-    args = configuration.parse(["--recipe", "papyan", "-b", "64", "--epochs", "7"])
-    assert (args.batch_size, args.epochs) == (64, 7)
-    assert {name: getattr(args, name) for name in recipe if name not in ("batch_size", "epochs")} == {
+    recipe = RECIPES["papyan"]
+    config = configuration.parse(["--recipe", "papyan", "-b", "64", "--epochs", "7"])
+    assert (config.batch_size, config.epochs) == (64, 7)
+    assert {name: getattr(config, name) for name in recipe if name not in ("batch_size", "epochs")} == {
         name: value for name, value in recipe.items() if name not in ("batch_size", "epochs")
     }
-    args = configuration.parse(["--recipe", "oikarinen"])
-    assert (args.model, args.optimizer, args.optimizer_options) == ("MNISTNet", "Adam", {"betas": [0.7, 0.9]})
+    config = configuration.parse(["--recipe", "oikarinen"])
+    assert (config.model, config.optimizer, config.optimizer_options) == ("MNISTNet", "Adam", {"betas": [0.7, 0.9]})
     run = tmp_path / "run"
     train.main([*SHORT, "--recipe", "papyan", "--epochs", "1", "-b", "16", "--run-dir", str(run)])
     flags = read_hparams(run)
@@ -183,16 +184,17 @@ def test_a_range_test_replaces_the_rate_of_a_recipe():
     assert configuration.parse(["--recipe", "papyan"]).learning_rate == 0.0679
 
 
-@pytest.mark.parametrize("name", configuration.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_sets_flags_that_exist(name):
-    args, defaults = configuration.parse(["--recipe", name]), configuration.parse([])
-    assert set(vars(args)) == set(vars(defaults))
-    configuration.make_optimizer(args)([torch.nn.Parameter(torch.zeros(1))])
+    config = configuration.parse(["--recipe", name])
+    assert set(RECIPES[name]) <= set(vars(Config()))
+    make = optimizers.make_optimizer(config.optimizer, config.optimizer_options, config.learning_rate)
+    make([torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_a_recipe_for_another_model_is_refused(capsys):
     error = refusal(capsys, "--recipe", "oikarinen", "-m", "ResNet")
-    assert "--recipe oikarinen is for MNISTNet, and the model is ResNet" in error
+    assert "--recipe oikarinen requires --model MNISTNet, got ResNet" in error
 
 
 def test_measure_log_includes_the_same_epochs_in_runs_of_any_length():
@@ -235,10 +237,10 @@ def test_only_the_chosen_epochs_are_measured(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["some"], "--measure: expected all, log or numbers of epochs from 0, got some"),
-        (["log", "3"], "--measure: expected all, log or numbers of epochs from 0, got log 3"),
-        (["-1"], "--measure: expected all, log or numbers of epochs from 0, got -1"),
-        (["0", "9"], "--measure names epoch 9, and the last is 2"),
+        (["some"], "--measure: expected all, log or epochs >= 0, got some"),
+        (["log", "3"], "--measure: expected all, log or epochs >= 0, got log 3"),
+        (["-1"], "--measure: expected all, log or epochs >= 0, got -1"),
+        (["0", "9"], "--measure contains epoch 9, but --epochs is 2"),
     ],
 )
 def test_epochs_that_do_not_exist_are_refused(tmp_path, capsys, words, message):
@@ -279,14 +281,14 @@ def test_a_run_that_ended_before_epoch_0_is_resumed_from_its_start(tmp_path, mon
 
 def test_a_run_that_another_process_made_in_the_meantime_is_not_replaced(tmp_path, monkeypatch, capsys):
     """The folder is not locked during a download or a range test."""
-    prepare, command = train.prepare, [*QUICK, "--run-dir", str(tmp_path / "run")]
+    prepare_run, command = setup.prepare_run, [*QUICK, "--run-dir", str(tmp_path / "run")]
 
-    def slow(args: argparse.Namespace) -> tuple:
-        monkeypatch.setattr(train, "prepare", prepare)
+    def prepare_slowly(config: Config) -> tuple:
+        monkeypatch.setattr(setup, "prepare_run", prepare_run)
         train.main(command)
-        return prepare(args)
+        return prepare_run(config)
 
-    monkeypatch.setattr(train, "prepare", slow)
+    monkeypatch.setattr(setup, "prepare_run", prepare_slowly)
     assert str(tmp_path / "run") in refusal(capsys, *command, "--seed", "1")
     assert read_hparams(tmp_path / "run")["seed"] == 0
     assert checkpoint.load(tmp_path / "run")["epoch"] == 2
@@ -303,10 +305,11 @@ def test_flags_that_the_device_decides_are_chosen_again_on_another(tmp_path, mon
     torch.save(state, run / "checkpoint.pt")
     (run / "hparams.json").write_text(json.dumps(state["hparams"]))
     again = ["--run-dir", str(run), "--resume", "--epochs", "3"]
-    assert "--precision is float16, and the run in" in refusal(capsys, *again, "--precision", "float16")
+    assert "--precision is float16, but was bfloat16 in" in refusal(capsys, *again, "--precision", "float16")
     capsys.readouterr()
     train.main([*again, *more])
-    assert "the run continues on cpu, after cuda:3: numbers differ in their last digits\n" in capsys.readouterr().out
+    notice = "the run continues on cpu instead of cuda:3: the last digits of results may differ\n"
+    assert notice in capsys.readouterr().out
     flags = read_hparams(run)
     assert (flags["device"], flags["precision"], flags["compile"], flags["epochs"]) == ("cpu", "float32", False, 3)
     with pytest.raises(SystemExit):  # a device that is named and does not exist is refused

@@ -73,7 +73,7 @@ def test_more_steps_lower_the_losses_and_a_second_call_writes_the_same(whole, ca
     assert (whole / "convergence.csv").read_text() == first
     with pytest.raises(SystemExit):
         convergence.main([str(whole), "--device", "cuda:9"])
-    assert "--device cuda:9 does not exist here" in capsys.readouterr().err
+    assert "--device cuda:9 is not available" in capsys.readouterr().err
     assert "convergence" in gallery.list_figures(tables.read_groups([whole]))
 
 
@@ -84,10 +84,10 @@ def test_runs_that_cannot_be_measured_are_refused(half, tmp_path, capsys, monkey
     empty.mkdir()
     assert "is not a checkpoint of a run" in refusal(capsys, empty)
     train.main([*QUICK, "--no-dib", "--epochs", "1", "--run-dir", str(tmp_path / "without")])
-    expected = f"{tmp_path / 'without'} holds no epoch in which DIB was measured"
+    expected = f"DIB was not measured in any epoch of {tmp_path / 'without'}"
     assert expected in refusal(capsys, tmp_path / "without")
     (half / "dib.csv").write_text("")
-    assert "dib.csv is not as it was after epoch 1" in refusal(capsys, half)
+    assert "dib.csv has changed since epoch 1" in refusal(capsys, half)
     monkeypatch.chdir(empty)
     with pytest.raises(SystemExit):
         convergence.main([])
@@ -107,7 +107,7 @@ def test_a_failure_keeps_the_convergence_csv_of_an_earlier_call(whole, capsys, m
     with pytest.raises(SystemExit) as stop:
         convergence.main([str(whole)])
     assert stop.value.code == 1
-    assert capsys.readouterr().err.endswith("No space left on device; convergence.csv is as it was\n")
+    assert capsys.readouterr().err.endswith("No space left on device; convergence.csv was not changed\n")
     assert (whole / "convergence.csv").read_text() == "of before"
 
 
@@ -120,5 +120,6 @@ def test_a_signal_stops_it_with_one_line(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert error == "convergence: stopped by SIGTERM; convergence.csv is as it was, and the same command starts again\n"
+    rest = "convergence.csv was not changed; to start again, repeat the command"
+    assert error == f"convergence: stopped by SIGTERM; {rest}\n"
     assert not (tmp_path / "run" / "convergence.csv").exists()

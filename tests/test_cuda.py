@@ -27,7 +27,7 @@ from relabel import relabel
 from tests import lookalike
 from tests.toys import check_run, make_clusters
 from training import lr_range
-from training.configuration import PRECISIONS, choose_compile
+from training.hardware import PRECISIONS, choose_compile
 
 GPU = torch.cuda.is_available()
 # The models and precisions of a run that are not slow on the look-alike.
@@ -124,8 +124,7 @@ def test_probes_are_those_of_the_cpu(make, probes):
 def test_the_range_test_leaves_the_random_states():
     samples, model = make_images(make_clusters(90, 25, 3)), make_random_net().cuda()
     random = torch.get_rng_state(), torch.cuda.get_rng_state()
-    precision = train.make_precision(torch.device("cuda"), "float32")
-    lr_range.run_test(model, move_to_cuda(samples), partial(torch.optim.SGD, fused=True), 30, *precision)
+    lr_range.run_test(model, move_to_cuda(samples), partial(torch.optim.SGD, fused=True), 30, "float32")
     assert torch.equal(random[0], torch.get_rng_state())
     assert torch.equal(random[1], torch.cuda.get_rng_state())
 
@@ -234,20 +233,20 @@ def test_every_model_runs_on_cuda(tmp_path, pictures, monkeypatch, model, precis
 
 
 def test_training_steps_do_not_synchronise(tmp_path, pictures, monkeypatch):
-    """A call that waits for the device raises, from the first loss of an epoch until its end is timed."""
-    cross_entropy, read_clock = train.F.cross_entropy, train.read_clock
+    """A call that waits for the device raises, from the first loss of an epoch until its last loss is known."""
+    cross_entropy, synchronise = train.F.cross_entropy, train.synchronise
 
     def strict(logits: torch.Tensor, *rest, **options) -> torch.Tensor:
         if logits.requires_grad:
             torch.cuda.set_sync_debug_mode("error")
         return cross_entropy(logits, *rest, **options)
 
-    def relaxed(device: torch.device) -> float:
+    def relaxed(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        return read_clock(device)
+        synchronise(device)
 
     monkeypatch.setattr(train.F, "cross_entropy", strict)
-    monkeypatch.setattr(train, "read_clock", relaxed)
+    monkeypatch.setattr(train, "synchronise", relaxed)
     flags = ["-m", "CIFARNet", "-d", "CIFAR10", "-b", "10", "--no-dib", "--no-nc1", "--no-compile", "--epochs", "2"]
     train.main([*flags, "--run-dir", str(tmp_path / "run")])
 
@@ -339,8 +338,7 @@ def test_waits_do_not_grow_with_the_number_of_batches(cuda, monkeypatch):
         assert count_in_passes(100, cache_bytes) == count_in_passes(20, cache_bytes)
 
     monkeypatch.setattr(lr_range, "HIGHEST", 2e-6)  # at these rates the loss does not diverge
-    options = {"autocast": partial(torch.autocast, "cuda", enabled=False), "scaler": torch.amp.GradScaler("cuda")}
-    few, many = (count_waits(cuda, partial(lr_range.run_test, model, samples, adam, B, **options)) for B in (2, 1))
+    few, many = (count_waits(cuda, partial(lr_range.run_test, model, samples, adam, B, "float16")) for B in (2, 1))
     assert many - few == 100  # there are 200 steps instead of 100
 
 

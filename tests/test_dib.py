@@ -150,7 +150,7 @@ def test_different_words_give_different_seeds():
 
 def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
     seeds = {}
-    for place in ("dib.make_seed", "layerwise.probes.task.make_seed"):
+    for place in ("dib.make_seed", "layerwise.streams.make_seed"):
         monkeypatch.setattr(place, lambda *words: seeds.setdefault(words, make_seed(*words)))
     for epoch in (0, 1):
         options = {"probes": Tuned(8), "labelings": 2, "epoch": epoch}
@@ -201,30 +201,30 @@ def compute_upper(model: nn.Sequential, reference: nn.Sequential, splits: list[i
 def test_upper_computed_by_hand():
     """Three splits are measured, for the original labels and a digit."""
     losses, entropies = [[1.0, 0.5], [0.8, 0.9], [0.9, 0.7]], [1.05, 0.6]
-    assert compute_upper(make_net(), make_net(), [0, 1, 2], losses, entropies, own_loss=0.85) == {
+    assert compute_upper(make_net(), make_net(), [0, 1, 2], losses, entropies, network_loss=0.85) == {
         2: [0.85, 0.6],  # of the network itself, of a constant
         1: [0.8, 0.6],  # of the probe, of a constant
         0: [0.8, 0.5],  # of a block and the probe of split 1, of the probe
     }
-    assert compute_upper(make_net(), make_net(), [0, 2], [[1.0, 0.5], [0.8, 0.1]], entropies, own_loss=0.85) == {
+    assert compute_upper(make_net(), make_net(), [0, 2], [[1.0, 0.5], [0.8, 0.1]], entropies, network_loss=0.85) == {
         2: [0.8, 0.1],
         0: [0.8, 0.1],
     }
-    only_y = compute_upper(make_net(), make_net(), [1], [[1.0, 0.5]], entropies, own_loss=0.3)
+    only_y = compute_upper(make_net(), make_net(), [1], [[1.0, 0.5]], entropies, network_loss=0.3)
     assert only_y == {1: [0.3, 0.5]}  # the network itself counts for the original labels
 
 
 def test_upper_of_a_decoder_without_bias():
     """The only constant it can be is the uniform distribution, also if the classes are unbalanced."""
     losses, entropies = [[2.0, 1.5]], [0.2, 0.3]
-    without = compute_upper(make_net(bias=False), make_net(bias=False), [0], losses, entropies, own_loss=9.0)
+    without = compute_upper(make_net(bias=False), make_net(bias=False), [0], losses, entropies, network_loss=9.0)
     assert without == {0: pytest.approx([math.log(3), math.log(3)])}
-    assert compute_upper(make_net(), make_net(), [0], losses, entropies, own_loss=9.0) == {0: entropies}
+    assert compute_upper(make_net(), make_net(), [0], losses, entropies, network_loss=9.0) == {0: entropies}
 
 
 def test_a_probe_whose_loss_is_nan_has_an_upper():
     losses = [[math.nan, 0.5], [math.nan, 0.7]]
-    found = compute_upper(make_net(), make_net(), [0, 1], losses, [1.0, 1.0], own_loss=0.7)
+    found = compute_upper(make_net(), make_net(), [0, 1], losses, [1.0, 1.0], network_loss=0.7)
     assert found == {0: [0.7, 0.5], 1: [0.7, 0.7]}
     unknown = compute_upper(make_net(), make_net().append(nn.ReLU()), [0], [[math.nan]], [1.0], math.nan)
     assert all(map(math.isnan, unknown[0]))
@@ -243,12 +243,12 @@ def test_upper_does_not_include_deeper_splits_that_share_a_parameter_with_the_la
     """The layers before the deeper split stay as they are. The deeper probe trained the same parameter."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU())
     losses = [[2.0, 2.5], [1.0, 0.5], [0.8, 0.9]]
-    found = compute_upper(model, model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7)
+    found = compute_upper(model, model, [0, 1, 2], losses, [1.0, 1.0], network_loss=1.7)
     assert found == {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [0.8, 0.5]}
     model[2].weight = model[0].weight
     assert dib.shares_any_parameter(model[0], model[2])
     assert not dib.shares_any_parameter(model[:2], model[1])
-    found = compute_upper(model, model, [0, 1, 2], losses, [1.0, 1.0], own_loss=1.7)
+    found = compute_upper(model, model, [0, 1, 2], losses, [1.0, 1.0], network_loss=1.7)
     assert found == {2: [0.8, 0.9], 1: [0.8, 0.5], 0: [1.7, 2.5]}  # of the network itself, of the probe
 
 
@@ -285,7 +285,7 @@ def test_the_loss_of_the_network_itself_is_exact():
     for size in (1, 7, 90):
         for given, loss in zip((samples, few), expected, strict=True):
             task = make_task(model, model, [0], given.inputs.__getitem__)
-            assert dib.compute_own_loss(task, given.labels, size) == pytest.approx(loss, rel=1e-12)
+            assert dib.compute_network_loss(task, given.labels, size) == pytest.approx(loss, rel=1e-12)
 
 
 def test_the_share_of_probes_that_are_known_suboptimal():
@@ -358,7 +358,7 @@ def test_a_decoder_without_trainable_parameters_is_measured_as_it_is(probes):
 
 
 def test_a_frozen_decoder_that_differs_from_that_of_the_model_is_refused():
-    with pytest.raises(ValueError, match=r"make_model\(\) freezes all of the decoder model\[2:\], with other values"):
+    with pytest.raises(ValueError, match=r"all parameters of the decoder model\[2:\] are frozen, .* differ"):
         dib.measure(make_mlp(), 2, make_toy_samples(), 3, lambda: make_mlp().requires_grad_(False), probes=Tuned(8))
 
 
@@ -376,15 +376,15 @@ def test_encodings_and_outputs_that_are_not_finite_are_refused():
     samples, model = make_toy_samples(), make_mlp()
     samples.inputs[3] = 1e200
 
-    def compute_own_loss(splits: list[int]) -> float:
-        return dib.compute_own_loss(make_task(model, model, splits, samples.inputs.__getitem__), samples.labels, 40)
+    def compute_network_loss(splits: list[int]) -> float:
+        return dib.compute_network_loss(make_task(model, model, splits, samples.inputs.__getitem__), samples.labels, 40)
 
-    assert math.isfinite(compute_own_loss([0, 1, 2, 3]))
+    assert math.isfinite(compute_network_loss([0, 1, 2, 3]))
     samples.inputs[3] = math.inf
     with pytest.raises(ValueError, match="the encodings of split 0 are not finite"):
-        compute_own_loss([0, 3])
+        compute_network_loss([0, 3])
     with pytest.raises(ValueError, match="the outputs of the model are not finite"):
-        compute_own_loss([])
+        compute_network_loss([])
 
 
 def test_probes_of_a_frozen_model_train_what_make_model_leaves_trainable():
@@ -399,7 +399,7 @@ def test_the_network_itself_bounds_upper_only_if_probes_have_its_frozen_paramete
     """If make_model() draws other ones, the layers and the decoder of the model are not in V. Constants are."""
     model, reference = make_net(), make_net()
     losses, entropies = [[2.0, 1.5], [0.8, 0.9]], [1.05, 1.1]
-    found = partial(compute_upper, model, reference, [0, 1], losses, entropies, own_loss=0.7)
+    found = partial(compute_upper, model, reference, [0, 1], losses, entropies, network_loss=0.7)
     assert found() == {1: [0.7, 0.9], 0: [0.7, 0.9]}
     frozen = reference[0].weight.requires_grad_(False)
     assert found() == {1: [0.7, 0.9], 0: entropies}

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 
 from analysis import gallery, style
-from analysis.figures import fit_line
+from analysis.statistics import fit_line
 from analysis.tables import read_groups
 from tests.toys import write_run
 
@@ -245,8 +245,8 @@ def test_depth_is_fitted_to_each_seed(tmp_path):
 
 
 def test_a_constant_nc1_has_no_correlation_with_depth():
-    slope, start, correlation = fit_line(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
-    assert (slope, start) == pytest.approx((0, 2), abs=1e-12)
+    slope, intercept, correlation = fit_line(pd.Series([1, 2, 3]), pd.Series([2.0, 2.0, 2.0]))
+    assert (slope, intercept) == pytest.approx((0, 2), abs=1e-12)
     assert np.isnan(correlation)
 
 
@@ -305,7 +305,7 @@ def test_markers_are_spaced_evenly_on_a_log_axis(tmp_path):
     assert sum(epochs <= 10) == pytest.approx(sum(epochs > 10), abs=3)
 
 
-def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
+def test_subfigures_on_the_same_data_have_the_same_scale(tmp_path):
     runs = [
         write_run(tmp_path / name, LAYERS, seed, epochs=epochs, data=data)
         for name, seed, epochs, data in (("a", 0, 2, "SZT"), ("b", 1, 9, "SZT"), ("c", 2, 30, "MNIST"))
@@ -315,10 +315,10 @@ def test_strips_on_the_same_data_have_the_same_scale(tmp_path):
         views = [
             (axis.get_ylim(), axis.get_xlim()) for axis in list_axes(gallery.draw_figure(name, read_groups(runs)), 99)
         ]
-        strip = len(views) // 3
-        assert [y for y, _ in views[:strip]] == [y for y, _ in views[strip : 2 * strip]], name
+        count = len(views) // 3
+        assert [y for y, _ in views[:count]] == [y for y, _ in views[count : 2 * count]], name
         assert views[0][0] != views[-1][0], name
-        assert (views[0][1] == views[strip][1]) == (name in ("plane", "depth")), name
+        assert (views[0][1] == views[count][1]) == (name in ("plane", "depth")), name
     figure = gallery.draw_figure("plane_by_epoch", read_groups(runs[:2]))
     bars = [axis.get_ylim() for axis in figure.findobj(plt.Axes) if axis.get_label() == "<colorbar>"]
     assert np.array(bars) == pytest.approx(np.array([(0, 2), (0, 9)]))  # epochs have no common scale
@@ -356,7 +356,7 @@ def find_crosses(axis: plt.Axes) -> dict[tuple, list]:
     return {to_rgb(one.get_color()): np.transpose(one.get_data()).tolist() for one in found}
 
 
-def test_layers_of_short_rank_are_crosses(tmp_path):
+def test_layers_of_deficient_rank_are_crosses(tmp_path):
     """It is hidden2 in the first two epochs on the training set, where NC1 is 25 and 12.5, for one of two seeds."""
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed=seed) for seed in (0, 1)]
     assert read_legend(gallery.draw_figure("nc1", read_groups(runs))) == ["input", *LAYERS]  # no crosses
@@ -377,7 +377,7 @@ def test_layers_of_short_rank_are_crosses(tmp_path):
     }
 
 
-def test_layers_of_short_rank_are_not_in_the_line_by_depth(tmp_path):
+def test_layers_of_deficient_rank_are_not_in_the_line_by_depth(tmp_path):
     """NC1 halves from layer to layer, except in hidden2, which lost a direction and most of NC1 with it."""
     run = write_run(tmp_path / "run", DEEP[:4], epochs=1)
     path = run / "nc1.csv"
@@ -405,7 +405,7 @@ def test_the_input_is_at_depth_0(tmp_path):
     assert first.get_xticks().tolist() == [0, 1, 2, 3]
 
 
-def test_a_track_of_short_rank_ends_in_a_cross(tmp_path):
+def test_a_path_of_deficient_rank_ends_in_a_cross(tmp_path):
     run = write_run(tmp_path / "run", LAYERS)
     lose_ranks(run, "3,test,hidden2")
     figure = gallery.draw_figure("gap", read_groups([run]))
@@ -445,10 +445,10 @@ def test_minimality_of_unequal_sets_is_not_compared(tmp_path, samples, reason):
     assert all(find_line(axis, "hidden3") for axis in (first, third, fourth))
     for run in runs:
         (run / "nc1.csv").write_text("epoch,set,layer,dim,rank,nc1,kept,dropped\n")
-    assert [gallery.KINDS["gap"].has(group) for group in read_groups(runs)] == [False, True]
+    assert [gallery.KINDS["gap"].is_available(group) for group in read_groups(runs)] == [False, True]
 
 
-def test_a_track_of_many_epochs_is_thinned_and_spans_decades_on_a_log_axis(tmp_path):
+def test_a_path_of_many_epochs_is_thinned_and_spans_decades_on_a_log_axis(tmp_path):
     """The gap of NC1 is 25 / epoch: 25 to 0.125, half of them below 0.25."""
     figure = gallery.draw_figure("gap", read_groups([write_run(tmp_path / "run", LAYERS, epochs=200)]))
     first, second = list_axes(figure)
@@ -483,7 +483,9 @@ def test_the_line_of_an_epoch_joins_the_input_and_the_layers(tmp_path):
     by_epoch = list_axes(figure)[0].lines
     expected = np.array([[5, 1, 1, 1], [5, 2, 2, 2], [5, 3, 3, 3], [5, 4, 4, 4], [5, 5, 5, 5]])
     assert np.array([line.get_xdata() for line in by_epoch]) == pytest.approx(0.1 * expected / np.log(2))
-    assert not gallery.KINDS["plane_by_epoch"].has(read_groups([write_run(tmp_path / "b", LAYERS, data="MNIST")])[0])
+    assert not gallery.KINDS["plane_by_epoch"].is_available(
+        read_groups([write_run(tmp_path / "b", LAYERS, data="MNIST")])[0]
+    )
 
 
 def test_a_layer_has_one_colour_and_marker_in_every_figure(tmp_path):

@@ -50,7 +50,7 @@ def test_names_of_layers_and_splits(name, layers, splits):
     every = models.splits(model, ["input", *blocks[:-1]])
     assert list(every.values()) == list(range(len(blocks)))  # input is 0, and the last block leaves no decoder
     assert all(blocks[k - 1] == block for block, k in every.items() if k)
-    with pytest.raises(ValueError, match=r"no split 'classifier': expected some of input"):
+    with pytest.raises(ValueError, match=r"unknown split 'classifier': expected some of input"):
         models.splits(model, ["classifier"])
 
 
@@ -165,7 +165,7 @@ def test_probes_have_nothing_of_the_trained_decoder(name, monkeypatch):
     samples.inputs = samples.inputs.view(20, *GREY)
     monkeypatch.setattr(Tuned, "train", lambda _, group, *rest: seen.extend(group.modules()) or torch.zeros(2))
     monkeypatch.setattr(Tuned, "count_starts", lambda *_: 1)
-    monkeypatch.setattr(dib, "compute_own_loss", lambda *_: 1.0)  # not finite for a deep network with weights of 7
+    monkeypatch.setattr(dib, "compute_network_loss", lambda *_: 1.0)  # not finite for a deep network with weights of 7
     dib.measure(model, 0, samples, 10, make_model)
     assert len(seen) == 2
     for tensor in (*seen[0].parameters(), *seen[0].buffers()):
@@ -193,7 +193,7 @@ def test_probes_have_nothing_of_the_trained_decoder(name, monkeypatch):
         ("MLP", {"widths": (3, 0)}, "widths must be positive integers, got 3 0"),
         ("MLP", {"widths": ()}, "widths must be positive integers, got none"),
         ("MLP", {"nonlinearity": "Relu"}, "unknown nonlinearity 'Relu': expected one of ReLU, Tanh"),
-        *((name, {}, f"{name} convolves images, .* these inputs are 12: use MLP") for name in CONVOLUTIONAL),
+        *((name, {}, f"{name} requires images .*, got inputs of shape 12: use MLP") for name in CONVOLUTIONAL),
     ],
 )
 def test_unknown_names_and_options_are_refused(name, options, message):

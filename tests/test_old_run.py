@@ -9,7 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import plots, report, table, tables
+from analysis.plots import write_figures
+from analysis.reading import find_table, read_tables
+from analysis.report import write_report
+from analysis.table import write_tables
+from analysis.tables import read_groups, run_script
 from layerwise import schema
 
 OLD = Path(__file__).parent / "old_run"
@@ -40,20 +44,20 @@ def change_seed(run: Path, seed: int) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": seed}))
 
 
-@pytest.mark.parametrize("program", [plots, report, table])
-def test_programs_read_an_old_run(program, run, capsys):
-    tables.run_script("", program.write, [str(run)])
+@pytest.mark.parametrize("write", [write_figures, write_report, write_tables])
+def test_programs_read_an_old_run(write, run, capsys):
+    run_script("", write, [str(run)])
     assert capsys.readouterr().err == ""
 
 
 def test_convergence_of_an_old_run_is_drawn(run, capsys):
-    tables.run_script("", plots.write, [str(run)])
+    run_script("", write_figures, [str(run)])
     assert str(run / "figures" / "convergence.png") in capsys.readouterr().out.splitlines()
     assert (run / "figures" / "convergence.pdf").exists()
 
 
 def test_downloads_of_an_old_run_have_their_own_file_names(run):
-    tables.run_script("", report.write, [str(run)])
+    run_script("", write_report, [str(run)])
     links = re.findall(r'download="([^"]+)" href="data:text/csv;base64,([^"]+)"', (run / "report.html").read_text())
     found = {name: base64.b64decode(content) for name, content in links}
     assert found == {path.name: path.read_bytes() for path in run.glob("*.csv")}
@@ -62,15 +66,15 @@ def test_downloads_of_an_old_run_have_their_own_file_names(run):
 
 @pytest.mark.parametrize("name", ["dib", "convergence"])
 def test_upper_is_the_column_bound(run, name):
-    raw = pd.read_csv(tables.find_table(run, name))
-    assert tables.read_tables(run)[name]["upper"].tolist() == raw["bound"].tolist()
+    raw = pd.read_csv(find_table(run, name))
+    assert read_tables(run)[name]["upper"].tolist() == raw["bound"].tolist()
 
 
 def test_an_old_and_a_new_run_of_other_seeds_are_one_group(run, tmp_path):
     new = shutil.copytree(run, tmp_path / "new")
     rename_all(new)
     change_seed(new, 1)
-    (group,) = tables.read_groups([run, new])
+    (group,) = read_groups([run, new])
     assert group.describe_seeds() == "2 seeds"
     assert [flags["probes"] for flags in group.hparams] == ["tuned", "tuned"]
     for name in ("dib", "convergence"):
@@ -83,5 +87,5 @@ def test_an_old_and_a_new_run_of_other_seeds_are_one_group(run, tmp_path):
 def test_an_old_and_a_new_run_of_the_same_seed_are_refused_as_equal(run, tmp_path):
     new = shutil.copytree(run, tmp_path / "new")
     rename_all(new)
-    with pytest.raises(ValueError, match="have the same flags and seed"):
-        tables.read_groups([run, new])
+    with pytest.raises(ValueError, match="the same flags"):
+        read_groups([run, new])

@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from analysis import gallery, plots, style
+from analysis import gallery, style
+from analysis.plots import write_figures
 from analysis.tables import read_groups
 from tests.toys import write_run
 
@@ -17,7 +18,7 @@ LR_RANGE = "step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n1,1e-2,1.
 
 
 def test_every_figure_is_written_as_png_and_as_pdf_with_fonts(tmp_path, capsys):
-    plots.write(
+    write_figures(
         read_groups([write_run(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2)) for seed in range(2)]), tmp_path
     )
     files = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
@@ -71,4 +72,4 @@ def test_figures_of_what_was_measured_are_drawn(tmp_path, without, expected):
 
 def test_analysis_does_not_import_torch():
     code = "import sys, analysis.plots, analysis.report, analysis.table; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(plots.__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(gallery.__file__).parents[1], check=True)

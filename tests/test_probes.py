@@ -31,7 +31,7 @@ from layerwise.probes import (
     training,
 )
 from layerwise.probes.decoders import is_linear, is_mlp, is_norm
-from layerwise.probes.encodings import make_encoder, standardise
+from layerwise.probes.encodings import make_source, standardise
 from layerwise.probes.fitting import group_splits
 from layerwise.probes.group import ProbeGroup
 from layerwise.probes.linear import (
@@ -119,7 +119,7 @@ class Bounded(nn.Linear):
 
 
 @pytest.mark.parametrize("layer", [Residual(nn.Linear(3, 3), nn.Tanh()), Bounded(3, 3)])
-def test_layers_with_a_forward_of_their_own_make_no_mlp(layer):
+def test_layers_with_an_overridden_forward_make_no_mlp(layer):
     assert not is_mlp(nn.Sequential(layer, nn.Linear(3, 3)))
 
 
@@ -127,17 +127,18 @@ def test_a_flatten_of_some_dimensions_makes_no_mlp():
     assert not is_mlp(nn.Sequential(nn.Flatten(2), nn.Linear(9, 3)))
 
 
-def test_a_first_layer_that_works_in_place_makes_no_mlp():
+def test_an_in_place_layer_before_the_first_linear_layer_makes_no_mlp():
     assert not is_mlp(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)))
     assert not is_mlp(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 3)))
 
 
 def test_splits_whose_decoders_are_mlps_are_fitted_together():
-    assert group_splits(make_mlp(), [0, 1, 2, 3], set()) == [[0, 1, 2, 3]]
-    assert group_splits(make_mlp(), [0, 1, 2, 3], {3}) == [[0, 1, 2], [3]]
-    assert group_splits(make_conv_net(), [0, 1, 2], set()) == [[0], [1, 2]]
-    assert group_splits(make_conv_net(), [0, 1, 2], {1, 2}) == [[0], [1], [2]]
-    assert group_splits(make_random_net(), [0, 1, 3], set()) == [[0], [1], [3]]
+    assert group_splits(make_mlp(), [0, 1, 2, 3], set()) == [("mlp", [0, 1, 2, 3])]
+    assert group_splits(make_mlp(), [0, 1, 2, 3], {3}) == [("mlp", [0, 1, 2]), ("linear", [3])]
+    assert group_splits(make_conv_net(), [0, 1, 2], set()) == [("other", [0]), ("mlp", [1, 2])]
+    assert group_splits(make_conv_net(), [0, 1, 2], {1, 2}) == [("other", [0]), ("linear", [1]), ("linear", [2])]
+    assert group_splits(make_random_net(), [0, 1, 3], set()) == [("other", [0]), ("other", [1]), ("mlp", [3])]
+    assert group_splits(freeze(make_mlp()), [0, 3], set()) == [("frozen", [0]), ("frozen", [3])]
 
 
 # Which decoders are linear
@@ -241,7 +242,7 @@ def test_a_first_layer_that_works_in_place_does_not_change_the_inputs_of_other_p
     torch.testing.assert_close(compute_logits_one_by_one(probes, x), torch.stack(expected))
 
 
-def test_the_first_step_shows_whether_probes_draw_random_numbers():
+def test_the_first_step_finds_out_whether_probes_draw_random_numbers():
     """Any layer may draw, also a hook."""
     noisy = nn.Sequential(nn.Linear(6, 3))
     noisy.register_forward_hook(lambda probe, _, logits: logits + torch.rand(3) if probe.training else None)
@@ -254,31 +255,31 @@ def test_the_first_step_shows_whether_probes_draw_random_numbers():
 
 
 def test_random_states_are_set_only_for_probes_that_draw_random_numbers(monkeypatch):
-    """The first step shows whether probes draw. In it, states are set for all probes."""
+    """In the first step, states are set for all probes."""
     calls, set_rng_state = Counter(), torch.set_rng_state
     monkeypatch.setattr(torch, "set_rng_state", lambda state: calls.update(["set"]) or set_rng_state(state))
     samples = make_toy_samples(shape=(1, 5, 5))
     for make_model, J, expected in ((make_conv_net, 2, 2), (make_random_net, 3, 3 * 9)):
         calls.clear()
         x = samples.inputs if make_model is make_conv_net else samples.inputs.flatten(1)[:, :6]
-        encoders, targets = {0: x.__getitem__}, samples.labels.expand(J, -1)
-        probes = SeparateProbes({0: [make_model() for _ in range(J)]}, encoders, targets, {0: list(range(J))})
+        sources, targets = {0: x.__getitem__}, samples.labels.expand(J, -1)
+        probes = SeparateProbes({0: [make_model() for _ in range(J)]}, sources, targets, {0: list(range(J))})
         Thesis(partial(torch.optim.SGD, lr=0.1), 2).train(probes, {}, 30, torch.Generator())  # 6 steps, 3 batches
         assert calls["set"] == expected
 
 
-def test_selected_probes_continue_as_they_would_alone():
+def test_selected_probes_are_trained_as_if_they_were_alone():
     torch.manual_seed(0)
     samples, model = make_toy_samples(), make_mlp()
     _, targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)
-    encoders = {k: model[:k](samples.inputs).detach().__getitem__ for k in (0, 2)}
+    sources = {k: model[:k](samples.inputs).detach().__getitem__ for k in (0, 2)}
     starts = {k: [make_mlp()[k:] for _ in range(4)] for k in (0, 2)}
     learns = {0: [0, 0, 1, 1], 2: [2, 2, 0, 0]}
     rows = torch.tensor([1, 2, 4, 7])  # of the eight
 
     def make(chosen: dict[int, list[int]]) -> tuple[StackedProbes, torch.optim.Optimizer]:
         probes = {k: [copy.deepcopy(starts[k][i]) for i in chosen[k]] for k in chosen}
-        made = StackedProbes(probes, encoders, targets, {k: [learns[k][i] for i in chosen[k]] for k in chosen})
+        made = StackedProbes(probes, sources, targets, {k: [learns[k][i] for i in chosen[k]] for k in chosen})
         param_groups = [{"params": p, "lr": 0.01 * i} for i, p in enumerate(made.parameters().values(), 1)]
         return made, torch.optim.Adam(param_groups)
 
@@ -286,14 +287,14 @@ def test_selected_probes_continue_as_they_would_alone():
     alone, optimizer_alone = make({0: [1, 2], 2: [0, 3]})
     for i in range(12):
         if i == 5:
-            probes.select(rows, optimizer)
+            probes.select_rows(rows, optimizer)
         indices = torch.randperm(len(samples))[:30]
         losses, expected = probes.step(optimizer, indices), alone.step(optimizer_alone, indices)
         torch.testing.assert_close(losses if i >= 5 else losses[rows], expected, rtol=1e-10, atol=1e-10)
     assert {k: len(of_split) for k, of_split in probes.probes.items()} == {0: 2, 2: 2}
     for name, stack in alone.stacks.items():
         torch.testing.assert_close(probes.stacks[name], stack, rtol=1e-10, atol=1e-10)
-    losses, expected = probes.compute_exact_losses(40), alone.compute_exact_losses(40)
+    losses, expected = probes.compute_final_losses(40), alone.compute_final_losses(40)
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -314,30 +315,32 @@ def test_statistics_are_those_of_the_final_weights():
         return [first.mean(0), first.var(0), second.mean(0), second.var(0)]
 
     for parts in (torch.arange(60)[None], torch.randperm(60).view(3, 20)):
-        probes.take_statistics(parts)
+        probes.recompute_batchnorm_statistics(parts)
         got = [layers[1].running_mean, layers[1].running_var, layers[5].running_mean, layers[5].running_var]
         of_parts = zip(*(compute_statistics(x[part]) for part in parts), strict=True)
         torch.testing.assert_close(got, [torch.stack(values).mean(0) for values in of_parts])
     assert all(torch.equal(p, state[name]) for name, p in probe.named_parameters())
     loss = F.cross_entropy(probe.eval()(x), probes.targets[:, 0])
-    assert probes.compute_exact_losses(7).item() == pytest.approx(loss.item(), rel=1e-12)
+    assert probes.compute_final_losses(7).item() == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_statistics_are_taken_of_every_sample_once(monkeypatch):
+def test_statistics_are_computed_from_every_sample_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(ProbeGroup, "take_statistics", lambda _, batches: seen.extend(torch.cat([*batches]).tolist()))
+    monkeypatch.setattr(
+        ProbeGroup, "recompute_batchnorm_statistics", lambda _, batches: seen.extend(torch.cat([*batches]).tolist())
+    )
     samples = make_toy_samples(shape=(1, 5, 5))
     dib.measure(make_conv_net(), 0, samples, 3, make_conv_net, probes=Tuned(8), batch_size=40)
     assert sorted(seen) == list(range(90))
 
 
-def test_exact_losses_are_those_of_eval_mode():
+def test_final_losses_are_computed_in_eval_mode():
     torch.manual_seed(0)
     samples = make_toy_samples(shape=(1, 5, 5))
     made = [make_conv_net().train() for _ in range(2)]
     probes = SeparateProbes({0: made}, {0: samples.inputs.__getitem__}, samples.labels[None], {0: [0, 0]})
     for size in (1, 40, 90):
-        losses = probes.compute_exact_losses(size)
+        losses = probes.compute_final_losses(size)
         expected = [F.cross_entropy(probe.eval()(samples.inputs), samples.labels).item() for probe in made]
         assert losses.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -363,8 +366,8 @@ def test_thesis_probes_trained_together_are_what_each_would_be_alone(make_model,
     sgd = partial(torch.optim.SGD, lr=0.1)
     _, targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)
     starts = {k: [make_model()[k:].eval() for _ in targets] for k in splits}
-    encoders = {k: model[:k].eval()(samples.inputs).detach().__getitem__ for k in splits}
-    probes = make_group(copy.deepcopy(starts), encoders, targets, {k: list(range(len(targets))) for k in splits})
+    sources = {k: model[:k].eval()(samples.inputs).detach().__getitem__ for k in splits}
+    probes = make_group(copy.deepcopy(starts), sources, targets, {k: list(range(len(targets))) for k in splits})
     torch.manual_seed(7)
     losses = Thesis(sgd, epochs).train(probes, {}, 40, torch.Generator().manual_seed(5)).view(len(splits), -1)
     assert set(calls) == {forward}
@@ -400,7 +403,7 @@ def fit_and_train_alone(
         return torch.Generator().manual_seed(5)
 
     reference = make_probe(0, "reference").eval()
-    task = Task(model, reference, splits, inputs, targets, make_probe, SimpleNamespace(start=start))
+    task = Task(model, reference, splits, inputs, targets, make_probe, SimpleNamespace(seed_generators=start))
     found = fit(task, tuned, batch_size=40, cache_bytes=2**30)
     sizes, alone = compute_parameter_sizes(reference), []
     for k in splits:
@@ -671,7 +674,7 @@ def test_encodings_are_only_scaled_before_a_frozen_bias():
     torch.testing.assert_close(z, x / x.std(0, correction=0))
 
 
-def test_constant_features_keep_their_scale():
+def test_constant_features_are_not_scaled():
     x = torch.randn(20, 4, dtype=torch.float64)
     x[:, 1], x[:, 2] = 0.1, 0
     for bias in (True, False):
@@ -690,12 +693,12 @@ def test_features_far_from_0_are_standardised_in_float32():
     torch.testing.assert_close(z.double(), expected, rtol=0, atol=4e-3)  # a few roundings of 1e4
 
 
-# Encoders
+# Sources of encodings
 
 
 def test_cached_encodings_of_images_are_channels_last():
     x = torch.randn(20, 1, 5, 5)
-    encode = make_encoder(nn.Sequential(nn.Conv2d(1, 3, 2)), x.__getitem__, make_batches(20), 2**20)
+    encode = make_source(nn.Sequential(nn.Conv2d(1, 3, 2)), x.__getitem__, make_batches(20), 2**20)
     assert encode(torch.arange(4)).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -703,7 +706,7 @@ def test_cached_encodings_of_images_are_channels_last():
 def test_encodings_are_computed_once_if_they_fit(cache_bytes):
     blocks, calls, x = nn.Sequential(nn.Linear(5, 3)), [], torch.randn(20, 5)
     blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    encode = make_encoder(blocks, x.__getitem__, make_batches(20, 10), cache_bytes)
+    encode = make_source(blocks, x.__getitem__, make_batches(20, 10), cache_bytes)
     for _ in range(4):
         torch.testing.assert_close(encode(torch.arange(7)), blocks[0](x[:7]).detach())
     fits = cache_bytes >= 20 * 3 * 4

@@ -23,7 +23,6 @@ import models
 import nc1
 import train
 from layerwise import devices, processes, schema
-from layerwise.probes.fitting import estimate_costs
 from layerwise.samples import Samples
 from tests.toys import (
     QUICK,
@@ -94,29 +93,6 @@ def test_every_batch_is_in_the_share_of_one_process(monkeypatch):
             shares.append(processes.take_share(list(range(n))))
         assert sorted(i for share in shares for i in share) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_costs_are_those_computed_by_hand():
-    """A linear layer of 6 x 5 reads 6 numbers, writes 5 and multiplies 30. A convolution multiplies at every pixel."""
-    mlp = models.build("MLP", (6,), 3, widths=(5,))
-    assert estimate_costs(mlp, [0, 1, 2], torch.zeros(1, 6)) == pytest.approx(
-        {0: 12 + (11 + 30 / 40) + 10 + (8 + 15 / 40), 1: (11 + 30 / 40) + 10 + (8 + 15 / 40), 2: 8 + 15 / 40}
-    )
-    convolution = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
-    assert estimate_costs(convolution, [1, 0], torch.zeros(1, 2, 4, 4)) == pytest.approx(
-        {1: 32 + 19 + 48 / 40, 0: (32 + 16 + 4 * 72 / 40) + 32 + 19 + 48 / 40}
-    )
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
-@pytest.mark.parametrize("J", [1, 4, 13])
-def test_every_probe_is_assigned_once_and_costs_are_even(world_size, J):
-    costs = {0: 100.0, 1: 70.0, 3: 45.0, 4: 20.0, 6: 1.0}
-    shares = processes.deal_probes(costs, J, world_size)
-    assert sorted(probe for share in shares for probe in share) == [(k, j) for k in costs for j in range(J)]
-    loads = [sum(costs[k] for k, _ in share) for share in shares]
-    mean = J * sum(costs.values()) / world_size
-    assert max(loads) <= max(1.1 * mean, mean + max(costs.values()))
 
 
 MEASURED = ("loss", "accuracy", "seconds", "rank", "nc1", "kept", "dropped", "upper")
@@ -231,14 +207,14 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     _, error = process.communicate(timeout=60)
     assert time.monotonic() - start < 60
     assert process.returncode != 0
-    assert f"finished epochs are in {tmp_path / 'run'}" in error
+    assert f"finished epochs are saved in {tmp_path / 'run'}" in error
     assert checkpoint.load(tmp_path / "run")["epoch"] > checkpoint.BEGUN
 
 
 def test_batches_that_are_too_small_to_share_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(processes, "get_world_size", lambda: 5)
     error = refusal(capsys, *QUICK, "-b", "4", "--run-dir", str(tmp_path / "run"))
-    assert "--batch-size 4 gives each of 5 processes batches of 0" in error
+    assert "--batch-size 4 is too small for 5 processes: each gets batches of 0" in error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from layerwise.samples import Samples
 from relabel import relabel
 from tests.toys import make_clusters
 from tools.references import compute_dense_nc1
-from training.configuration import make_parser
+from training.configuration import parse
+from training.flags import make_parser
 
 cases = settings(max_examples=int(os.environ.get("CASES", "100")), deadline=None)
 
@@ -77,13 +78,14 @@ def test_flags_are_parsed_or_refused_in_one_line(arguments):
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:
-            args = make_parser().parse_args(arguments)
+            config = parse(arguments)
         except SystemExit as stop:
             lines = error.getvalue().splitlines()
             refused = stop.code == 2 and len(lines) == 1 and lines[0].startswith("train.py: error: ")
             if not refused and stop.code != 0:  # 0: --help
                 raise AssertionError(f"{stop.code}: {lines}") from stop
             return
-    assert all(n >= 1 for n in (args.batch_size, args.epochs, args.dib_epochs, args.labelings, *(args.widths or [])))
-    assert args.learning_rate is None or 0 < args.learning_rate < math.inf
-    assert args.seed >= 0
+    counts = (config.batch_size, config.epochs, config.dib_epochs, config.labelings, *(config.widths or []))
+    assert all(n >= 1 for n in counts)
+    assert config.learning_rate is None or 0 < config.learning_rate < math.inf
+    assert config.seed >= 0

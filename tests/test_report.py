@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report.write(read_groups(runs), folder)
+    report.write_report(read_groups(runs), folder)
     return folder / "report.html"
 
 

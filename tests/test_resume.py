@@ -22,7 +22,7 @@ from tests.toys import QUICK, ROOT, assert_same_run, refusal
 from tools import convergence
 from tools.evidence import kill_repeatedly, read_results
 from training import checkpoint
-from training.configuration import choose_precision
+from training.hardware import choose_precision
 
 OLD_RUN = ROOT / "tests" / "old_run"
 NO_CHECKPOINT = "checkpoint.pt is not a checkpoint of a run:"
@@ -116,14 +116,14 @@ def test_a_run_that_ended_within_its_first_epoch_may_be_replaced(tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seed", "1"], "--seed is 1, and the run in"),
-        (["-lr", "0.1"], "--learning-rate is 0.1, and the run in"),
-        (["-m", "ResNet"], "--model is ResNet, and the run in"),
-        (["-w", "4"], "--widths is [4], and the run in"),
-        (["--sets", "test"], "--sets is ['test'], and the run in"),
-        (["--splits", "hidden2"], "--splits is ['hidden2'], and the run in"),
-        (["--no-dib"], "--dib is False, and the run in"),
-        (["--epochs", "1"], "--epochs may grow, and 1 is less than 2"),
+        (["--seed", "1"], "--seed is 1, but was 0 in"),
+        (["-lr", "0.1"], "--learning-rate is 0.1, but was 0.002 in"),
+        (["-m", "ResNet"], "--model is ResNet, but was MLP in"),
+        (["-w", "4"], "--widths is [4], but was [4, 3] in"),
+        (["--sets", "test"], "--sets is ['test'], but was ['train', 'test'] in"),
+        (["--splits", "hidden2"], "--splits is ['hidden2'], but was ['input', 'hidden1', 'hidden2'] in"),
+        (["--no-dib"], "--dib is False, but was True in"),
+        (["--epochs", "1"], "--epochs must be at least 2, got 1"),
     ],
 )
 def test_resume_refuses_other_flags_by_name(half, capsys, flags, message):
@@ -166,19 +166,19 @@ def edit_checkpoint(run: Path, **changes) -> None:
         (lambda run: (run / "hparams.json").unlink(), "hparams.json cannot be read: No such file or directory"),
         (lambda run: edit(run / "hparams.json", ",\n", "\n"), "hparams.json cannot be read: Expecting ',' delimiter"),
         (lambda run: (run / "hparams.json").write_text("[]"), "hparams.json does not hold the flags of a run"),
-        (lambda run: edit(run / "hparams.json", '"seed"', '"sead"'), "hparams.json has nothing as seed, and"),
-        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 7'), "hparams.json has 7 as seed, and"),
-        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 0.0'), "hparams.json has 0.0 as seed, and"),
-        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": []'), "hparams.json has [] as seed, and"),
-        (lambda run: edit_checkpoint(run, tables={}), f"{NO_CHECKPOINT} it lacks a table"),
-        (lambda run: edit_checkpoint(run, epoch=99), f"{NO_CHECKPOINT} it lacks a table or an"),
+        (lambda run: edit(run / "hparams.json", '"seed"', '"sead"'), "seed is missing in"),
+        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 7'), "seed is 7 in"),
+        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": 0.0'), "seed is 0.0 in"),
+        (lambda run: edit(run / "hparams.json", '"seed": 0', '"seed": []'), "seed is [] in"),
+        (lambda run: edit_checkpoint(run, tables={}), f"{NO_CHECKPOINT} the entries of the tables"),
+        (lambda run: edit_checkpoint(run, epoch=99), f"{NO_CHECKPOINT} the entries of the tables or the"),
         (lambda run: edit_checkpoint(run, epoch="x"), NO_CHECKPOINT),
         (lambda run: edit_checkpoint(run, tables=[1]), NO_CHECKPOINT),
         (lambda run: edit_checkpoint(run, hparams=None), NO_CHECKPOINT),
         (lambda run: edit_checkpoint(run, model={}), "checkpoint.pt does not fit the model: Error(s) in loading"),
-        (lambda run: edit(run / "nc1.csv", "1,train", "1,tarin"), "nc1.csv is not as it was after epoch 1"),
-        (lambda run: os.truncate(run / "dib.csv", 100), "dib.csv is not as it was after epoch 1"),
-        (lambda run: (run / "epochs.csv").unlink(), "epochs.csv is not as it was after epoch 1"),
+        (lambda run: edit(run / "nc1.csv", "1,train", "1,tarin"), "nc1.csv has changed since epoch 1"),
+        (lambda run: os.truncate(run / "dib.csv", 100), "dib.csv has changed since epoch 1"),
+        (lambda run: (run / "epochs.csv").unlink(), "epochs.csv has changed since epoch 1"),
     ],
 )
 def test_resume_refuses_a_damaged_file_by_name(half, capsys, damage, message):
@@ -193,10 +193,12 @@ def test_resume_refuses_a_run_with_other_columns(half, capsys):
     tables = torch.load(half / "checkpoint.pt", weights_only=True)["tables"]
     edit_checkpoint(half, tables=tables | {"nc1.csv": (len(content), crc32(content))})
     columns = "epoch,set,layer,dim,rank,nc1,kept,dropped"
-    assert_resume_refused(half, capsys, f"nc1.csv has other columns than {columns}: a run of another")
+    assert_resume_refused(half, capsys, f"nc1.csv was written by a different version: expected the columns {columns}")
 
 
-@pytest.mark.parametrize(("program", "flags"), [(train, ["--resume", "--run-dir"]), (convergence, [])])
+@pytest.mark.parametrize(
+    ("program", "flags"), [(train, ["--resume", "--run-dir"]), (train, ["--run-dir"]), (convergence, [])]
+)
 def test_a_run_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path, capsys, program, flags):
     run = shutil.copytree(OLD_RUN, tmp_path / "run")
     before = read_files(run)
@@ -205,13 +207,14 @@ def test_a_run_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path, caps
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{run} holds a run of an earlier version" in line
+    assert "--resume" not in line
     assert read_files(run) == before
 
 
 def test_resume_refuses_the_checkpoint_of_another_run(tmp_path, half, capsys):
     train.main([*QUICK, "--seed", "5", "--run-dir", str(tmp_path / "other")])
     shutil.copy(tmp_path / "other" / "checkpoint.pt", half)
-    assert_resume_refused(half, capsys, "hparams.json has 0 as seed, and checkpoint.pt beside it 5")
+    assert_resume_refused(half, capsys, f"seed is 0 in {half / 'hparams.json'}, but 5 in checkpoint.pt")
 
 
 def test_resume_refuses_a_folder_to_which_another_process_writes(half, capsys):
@@ -275,7 +278,7 @@ def test_a_disk_that_is_full_within_an_epoch_keeps_the_finished_epochs(tmp_path,
     room = (whole / "checkpoint.pt").stat().st_size + 2000  # the rows of some epochs also fit in that
     done = run_with_limit(room, *flags)
     assert done.returncode == 1
-    kept = f"finished epochs are in {tmp_path / 'run'}"
+    kept = f"finished epochs are saved in {tmp_path / 'run'}"
     assert done.stderr == f"train.py: error: [Errno 27] File too large; {kept}\n"
     assert 2 < checkpoint.load(tmp_path / "run")["epoch"] < 130
     train.main(["--run-dir", str(tmp_path / "run"), "--resume"])
@@ -299,7 +302,7 @@ def test_a_signal_ends_the_run_with_a_line_that_says_how_to_continue(tmp_path, n
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=30)
     assert process.returncode == status
-    rest = f"finished epochs are in {tmp_path / 'run'}, and the same command with --resume continues from them"
+    rest = f"finished epochs are saved in {tmp_path / 'run'}; to continue, repeat the command with --resume"
     assert error == f"train.py: stopped by {name}; {rest}\n"
     train.main([*QUICK, *flags, "--run-dir", str(tmp_path / "whole")])
     train.main([*QUICK, *flags, "--run-dir", str(tmp_path / "run"), "--resume"])
@@ -372,9 +375,9 @@ def test_a_measure_that_runs_out_of_memory_is_called_once_more(capsys, error):
             raise error
         return {"layer": 1.0}
 
-    assert train.retry_in_less_memory("NC1 of the test set", measure, 400, 10**9) == {"layer": 1.0}
+    assert train.measure_with_retry("NC1 of the test set", measure, 400, 10**9) == {"layer": 1.0}
     assert calls == [{"batch_size": 400, "cache_bytes": 10**9}, {"batch_size": 200, "cache_bytes": 0}]
-    expected = "NC1 of the test set: out of memory; called again with batches of 200, not 400, and nothing cached\n"
+    expected = "NC1 of the test set: out of memory; repeating it with batch size 200 instead of 400, without a cache\n"
     assert capsys.readouterr().out == expected
 
 
@@ -383,7 +386,7 @@ def test_a_measure_that_raises_another_error_is_not_called_again():
         raise RuntimeError("another")
 
     with pytest.raises(RuntimeError, match="another"):
-        train.retry_in_less_memory("NC1", measure, 400, 10**9)
+        train.measure_with_retry("NC1", measure, 400, 10**9)
 
 
 @pytest.mark.parametrize(("module", "name"), [(nc1, "measure"), (dib, "measure_splits")])
@@ -419,7 +422,7 @@ def test_memory_that_runs_out_twice_ends_the_run_with_one_line(tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         train.main([*QUICK, "--run-dir", str(tmp_path / "run")])
     assert end.value.code == 1
-    kept = f"finished epochs are in {tmp_path / 'run'}"
+    kept = f"finished epochs are saved in {tmp_path / 'run'}"
     assert capsys.readouterr().err == f"train.py: error: out of memory.\\nTried to allocate much; {kept}\n"
 
 
@@ -449,7 +452,7 @@ def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     cuda = torch.device("cuda")
     assert choose_precision(cuda, None) == "float16"
-    with pytest.raises(ValueError, match="--precision bfloat16 does not exist on cuda: expected float32 or float16"):
+    with pytest.raises(ValueError, match="--precision bfloat16 is not supported by cuda: expected float32 or float16"):
         choose_precision(cuda, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_precision(cuda, None) == "bfloat16"

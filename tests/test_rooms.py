@@ -1,4 +1,4 @@
-"""Imports go one way: from programs to measures to what these stand on."""
+"""Imports go one way: from programs to nc1 and dib, and from these to layerwise."""
 
 import ast
 import sys

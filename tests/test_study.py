@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import tables
+from analysis import statistics, tables
 from tests.toys import write_run
 from tools import findings, study
 
@@ -38,15 +38,15 @@ def list_rows(table: str, groups: dict) -> list[dict]:
 def test_tables_of_fit_collapse_and_law_are_as_worked_out_by_hand(groups, monkeypatch):
     first = list_rows("fit", groups)[0]
     assert (first["seeds"], first["epochs"], first["training error (%)"]) == ("5", "3", "12.50 ± 0")
-    assert first["99% right in measured epoch"] == "never"
+    assert first["first measured epoch with 99% training accuracy"] == "never"
     monkeypatch.setattr(findings, "FITTED", 0.7)  # 0.5, 0.75, 0.875 are right
-    assert list_rows("fit", groups)[0]["70% right in measured epoch"] == "2"
+    assert list_rows("fit", groups)[0]["first measured epoch with 70% training accuracy"] == "2"
     names = ("start, train", "70% right, train", "end, test")
     shown = [list_rows("collapse", groups)[i][name] for i in (0, 2) for name in names]
     # 50 / epoch times 1 to 5: their geometric mean is 120^(1/5) = 2.605, and a deviation is a factor of 1.9
     assert shown == [f"{value} ×/÷ 1.89" for value in ("130", "65.1", "65.1", "32.6", "16.3", "16.3")]
     law = list_rows("law", groups)[0]
-    assert law["from layer to layer, end"] == "0.50 to 0.50"
+    assert law["ratio of NC1 between consecutive layers, end"] == "0.50 to 0.50"
     assert (law["factor, start"], law["correlation, end"], law["≤ -0.9 from epoch"]) == (
         "0.500 ×/÷ 1.00",
         "-1.000 ± 0",
@@ -75,7 +75,11 @@ def test_tables_of_information_are_as_worked_out_by_hand(groups):
     convergence = list_rows("convergence", groups)[0]
     assert [convergence[f"× {factor}"] for factor in (1, 2, 4, 8)] == ["0.058", "0.115", "0.231", "0.462"]
     ends = list_rows("architectures", groups)[0]
-    assert (ends["d"], ends["NC1, test over train"], ends["the same, start"]) == ("8", "1.50 ×/÷ 1.00", "1.50 ×/÷ 1.00")
+    assert (ends["d"], ends["NC1, test over train"], ends["NC1, test over train, at the start"]) == (
+        "8",
+        "1.50 ×/÷ 1.00",
+        "1.50 ×/÷ 1.00",
+    )
 
 
 def test_a_change_is_shown_with_how_many_seeds_rise_and_fall(groups):
@@ -97,8 +101,8 @@ def test_a_geometric_mean_shows_how_many_values_it_is_of():
 
 def test_spearman_correlates_ranks():
     series = findings.pd.Series
-    assert findings.compute_spearman(series([1, 2, 9.0]), series([0.1, 0.2, 0.3])) == pytest.approx(1)
-    assert findings.compute_spearman(series([1, 2, 3.0]), series([9, 4, 1.0])) == pytest.approx(-1)
+    assert statistics.compute_spearman(series([1, 2, 9.0]), series([0.1, 0.2, 0.3])) == pytest.approx(1)
+    assert statistics.compute_spearman(series([1, 2, 3.0]), series([9, 4, 1.0])) == pytest.approx(-1)
 
 
 def test_the_document_has_every_table_and_figure():
@@ -125,7 +129,7 @@ def test_programs_start_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_running_programs_and_starts_no_more(tmp_path, monkeypatch):
-    """A SIGINT of the keyboard reaches the programs only through `stop`."""
+    """A SIGINT of the keyboard reaches the programs only through `stop_programs`."""
     (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)")
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "caught", [])
@@ -133,7 +137,7 @@ def test_a_signal_ends_running_programs_and_starts_no_more(tmp_path, monkeypatch
         running = pool.submit(study.launch, log, "wait")
         while not study.children:
             time.sleep(0.01)
-        study.stop(signal.SIGINT, None)
+        study.stop_programs(signal.SIGINT, None)
         assert running.result(timeout=30) is False
         assert study.launch(log, "wait") is False
     study.children.clear()
@@ -141,10 +145,10 @@ def test_a_signal_ends_running_programs_and_starts_no_more(tmp_path, monkeypatch
 
 def test_a_table_is_put_between_its_marks():
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
-    filled = study.fill(text, {"one": "new \\1\n", "two": "2\n"})
+    filled = study.replace_parts(text, {"one": "new \\1\n", "two": "2\n"})
     assert filled == "a\n<!-- one -->\nnew \\1\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
     with pytest.raises(ValueError, match="lacks <!-- three -->"):
-        study.fill(text, {"three": ""})
+        study.replace_parts(text, {"three": ""})
 
 
 @pytest.mark.parametrize(("program", "expected"), [("true", True), ("false", False)])

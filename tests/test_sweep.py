@@ -65,8 +65,8 @@ def test_a_run_that_fails_does_not_stop_the_others(launched, capsys, tmp_path, m
     train.main([*QUICK, "--no-dib", "--seed", "1", "-lr", "0.1"])
     assert run_sweep("-lr", "0.01") == 1
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert "seed0: failed: runs/MLP-SZT-seed0/nc1.csv is not as it was after epoch 2" in lines[0]
-    assert "seed1: failed: --resume: --learning-rate is 0.01, and the run in runs/MLP-SZT-seed1 has 0.1" in lines[1]
+    assert "seed0: failed: runs/MLP-SZT-seed0/nc1.csv has changed since epoch 2" in lines[0]
+    assert "seed1: failed: --resume: --learning-rate is 0.01, but was 0.1 in runs/MLP-SZT-seed1" in lines[1]
     assert lines[2] == "runs/MLP-SZT-seed2: done"
     monkeypatch.setattr(sweep, "launch", lambda flags: 1)
     assert run_sweep("-nl", "Tanh", "--data", "MNIST") == 1
@@ -89,7 +89,7 @@ def test_a_signal_stops_the_sweep(tmp_path, name, status, training):
     os.killpg(process.pid, getattr(signal, name))  # keyboards and some schedulers send it to all processes
     out, error = process.communicate(timeout=30)
     assert process.returncode == status
-    assert out.splitlines()[-1] == f"{tmp_path / 'run-seed0'}: stopped by {name}; the same command continues"
+    assert out.splitlines()[-1] == f"{tmp_path / 'run-seed0'}: stopped by {name}; to continue, repeat the command"
     assert error.splitlines()[-1] == "sweep: 3 of 3 runs are not finished"
 
 

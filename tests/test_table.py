@@ -83,7 +83,7 @@ def test_a_dead_layer_and_a_loss_that_is_nan_are_shown(tmp_path):
     assert table.tabulate_training([group])["loss, test (nats)"].tolist() == ["nan"]
 
 
-def test_a_short_rank_is_given(tmp_path):
+def test_a_deficient_rank_is_given(tmp_path):
     """d is 8 and there are ten classes. The ranks of two seeds differ in hidden2, and are 8 in hidden1."""
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, num_classes=10) for seed in (0, 1)]
     for run, rank in zip(runs, (3, 5), strict=True):
@@ -111,12 +111,12 @@ def test_a_measure_that_was_off_is_a_dash_or_no_table(tmp_path, capsys):
         ["hidden1", "16.67", "25.00", *"––––"],
     ]
     remove_rows("nc1")
-    table.write(read_groups([run]), run)
+    table.write_tables(read_groups([run]), run)
     assert (run / "table.tex").read_text().count("tabular") == 2  # begin and end of a single one
     remove_rows("epochs")
     (run / "lr_range.csv").write_text("step,learning_rate,loss,smoothed,chosen\n0,1e-6,2.3,2.3,0\n")
     with pytest.raises(SystemExit):
-        table.write(read_groups([run]), run)
+        table.write_tables(read_groups([run]), run)
     assert "run holds no finished epoch" in capsys.readouterr().err
 
 
@@ -124,7 +124,7 @@ def test_a_measure_that_was_off_is_a_dash_or_no_table(tmp_path, capsys):
 def written(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
     runs.append(write_run(tmp_path / "other", LAYERS, nonlinearity="a|b_c&"))
-    table.write(read_groups(runs), tmp_path / "out")
+    table.write_tables(read_groups(runs), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -141,7 +141,7 @@ def test_markdown(written, capsys):
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
         assert set(lines[1]) == set("|- ")
     note = "Of the probes of all epochs, 42.9% (train set) and 42.9% (test set) are known suboptimal: "
-    note += "a loss more than 0.001 bits lower is known to be possible."
+    note += "their loss exceeds the smallest known upper bound by more than 0.001 bits."
     assert [note in block for block in blocks[1::2]] == [False, True, True]
     assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in blocks[1]
     assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in blocks[1]

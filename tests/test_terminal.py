@@ -106,8 +106,8 @@ def test_a_file_system_without_locks_or_flushes_is_used_with_a_warning(tmp_path,
     train.main([*QUICK, "--run-dir", str(run)])
     assert_same_run(tmp_path / "whole", run)
     assert capsys.readouterr().err.splitlines() == [
-        f"the file system of {run} has no locks: a second process that writes there is not stopped",
-        f"the file system of {run} cannot flush folders: a power failure may lose an epoch",
+        f"the file system of {run} has no locks: do not start a second run in this folder",
+        f"the file system of {run} cannot flush folders: a power failure may lose the last epoch",
     ]
     monkeypatch.setattr(fcntl, "flock", flock)
     with runs.lock(run), pytest.raises(ValueError, match=str(run)), runs.lock(run):
@@ -117,7 +117,7 @@ def test_a_file_system_without_locks_or_flushes_is_used_with_a_warning(tmp_path,
 def test_the_printed_make_command_works_for_a_path_with_spaces(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([*QUICK, "--no-dib", "--run-dir", "a run's $folder"])
-    command = capsys.readouterr().out.splitlines()[-1].split("; ")[1].removesuffix(" draws it")
+    command = capsys.readouterr().out.splitlines()[-1].split("; ")[1].removeprefix("to draw it: ")
     (tmp_path / "Makefile").write_text("plots:\n\t@printf '%s\\n' $(RUN)\n")
     done = subprocess.run(command, shell=True, env=remove_make_variables(), capture_output=True, text=True)
     assert done.stdout == "a run's $folder\n"

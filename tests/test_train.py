@@ -19,7 +19,7 @@ import train
 from layerwise import schema
 from relabel import relabel
 from tests.toys import NO_MLP, ROOT, SMALL, check_run, refusal
-from training.configuration import PRECISIONS
+from training.hardware import PRECISIONS
 
 
 def train_and_read(folder: Path, *flags: str) -> dict[str, pd.DataFrame]:
@@ -219,7 +219,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     train_and_read(tmp_path / "run", "--no-dib", "--epochs", "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     error = refusal(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--epochs", "1")
-    assert "already holds a run: continue it with --resume, or name another with --run-dir" in error
+    assert "already holds a run: continue it with --resume, or choose another with --run-dir" in error
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
@@ -230,7 +230,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
         (["--data", "CIFAR11"], "invalid choice: 'CIFAR11'"),
         (["-nl", "relu"], "invalid choice: 'relu'"),
         (["-opt", "Lion"], "invalid choice: 'Lion'"),
-        (["--splits", "hidden9"], "no split 'hidden9': expected some of input, flatten, hidden1, hidden2"),
+        (["--splits", "hidden9"], "unknown split 'hidden9': expected some of input, flatten, hidden1, hidden2"),
         (["--sets", "valid"], "invalid choice: 'valid'"),
         (["-w", "0"], "--widths: expected a number of at least 1, got 0"),
         (["-w", "4", "-3"], "--widths: expected a number of at least 1, got -3"),
@@ -244,16 +244,16 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
         (["--dib-epochs", "0"], "--dib-epochs: expected a number of at least 1, got 0"),
         (["--labelings", "0"], "--labelings: expected a number of at least 1, got 0"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--device", "gpu"], "--device gpu does not exist here: expected one of cpu"),
+        (["--device", "gpu"], "--device gpu is not available: expected one of cpu"),
         (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),
         (["--train-size", "7"], "the training size of SZT must be a multiple of 2 up to 3362, got 7"),
         (["--train-size", "4000"], "the training size of SZT must be a multiple of 2 up to 3362, got 4000"),
         (["--dib-size", "7"], "--dib-size of the SZT train set must be a multiple of 2 up to 3362, got 7"),
         (["--dib-size", "600"], "--dib-size of the SZT test set must be a multiple of 2 up to 594, got 600"),
         (["--probes", "longer"], "invalid choice: 'longer'"),
-        (["--probes", "thesis", "--dib-lr", "0.1"], "--dib-lr 0.1 is for tuned probes, and --probes is thesis"),
+        (["--probes", "thesis", "--dib-lr", "0.1"], "--dib-lr 0.1 requires --probes tuned, got thesis"),
         (["--dib-lr", "0"], "--dib-lr: expected a number above 0, got 0"),
-        (["--model", "ResNet"], "--widths and --nonlinearity are for MLP, and the model is ResNet"),
+        (["--model", "ResNet"], "--widths and --nonlinearity require --model MLP, got ResNet"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--run-dir", "/proc/nowhere"], "No such file or directory: '/proc/nowhere'"),
     ],
@@ -267,19 +267,19 @@ def test_bad_flags_are_refused_on_one_line_and_nothing_is_written(tmp_path, caps
 @pytest.mark.parametrize("model", [name for name in models.ARCHITECTURES if name != "MLP"])
 def test_a_network_with_convolutions_is_refused_for_szt(tmp_path, capsys, model):
     error = refusal(capsys, "--model", model, "--run-dir", str(tmp_path / "run"))
-    assert f"{model} convolves images, channels x height x width, and these inputs are 12: use MLP" in error
+    assert f"{model} requires images (channels, height, width), got inputs of shape 12: use MLP" in error
     assert not list(tmp_path.iterdir())
 
 
 def test_every_epoch_is_on_disk_when_its_line_is_printed(tmp_path, monkeypatch):
-    epochs, summarise = [], train.summarise
+    epochs, print_epoch = [], train.print_epoch
 
-    def look(*parts) -> str:
+    def look(*parts) -> None:
         tables = [pd.read_csv(tmp_path / "run" / name) for name in schema.COLUMNS]
         epochs.append([table["epoch"].max() for table in tables])
-        return summarise(*parts)
+        print_epoch(*parts)
 
-    monkeypatch.setattr(train, "summarise", look)
+    monkeypatch.setattr(train, "print_epoch", look)
     train_and_read(tmp_path / "run", "--splits", "hidden2")
     assert epochs == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
 
@@ -292,7 +292,7 @@ def test_cuda_is_refused_if_there_is_none(tmp_path, capsys):
 
 def test_batches_of_one_sample_are_refused_with_batchnorm(tmp_path, pictures, capsys):
     error = refusal(capsys, *NO_MLP, "-m", "ResNet", "-d", "CIFAR10", "-b", "1", "--run-dir", str(tmp_path / "run"))
-    assert "--batch-size 1 gives each of 1 processes batches of 1, and this model needs at least 2 samples" in error
+    assert "--batch-size 1 is too small for 1 processes: each gets batches of 1 samples, expected at least 2" in error
     flags = ["-m", "ResNet", "-d", "CIFAR10", "-b", "13", "--epochs", "1", "--no-dib"]  # 40 is 3 x 13 + 1
     train_and_read(tmp_path / "run", *flags)
 
@@ -300,7 +300,7 @@ def test_batches_of_one_sample_are_refused_with_batchnorm(tmp_path, pictures, ca
 def test_compile_is_refused_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     error = refusal(capsys, *SMALL, "--compile", "--run-dir", str(tmp_path / "run"))
-    assert "--compile needs a C++ compiler ($CXX or g++), which is not found here" in error
+    assert "--compile requires a C++ compiler ($CXX or g++), not found" in error
 
 
 def test_every_short_flag_works_from_a_shell(tmp_path):

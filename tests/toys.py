@@ -25,7 +25,7 @@ import train
 from layerwise.samples import Samples
 from layerwise.schema import COLUMNS, CONVERGENCE
 from tools.evidence import QUICK, make_clusters, read_results
-from training.configuration import PRECISIONS
+from training.hardware import PRECISIONS
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]

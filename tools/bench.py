@@ -45,7 +45,8 @@ from tools.references import (
     measure_seconds_to_reach,
     train_probe_alone,
 )
-from training import configuration
+from training import setup
+from training.configuration import parse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"MNISTNet": (1, 28, 28), "CIFARNet": (3, 32, 32), "ResNet": (3, 32, 32), "ConvNeXt": (3, 32, 32)}
@@ -424,13 +425,13 @@ def bench_processes() -> Iterator[Row]:
     yield make_row_of_medians("DIB MLP, two processes", size, pairs, 1 / 1.7)
 
 
-def train_network(*options: str) -> tuple[train.Run, dict[str, list[dict]]]:
+def train_network(*options: str) -> tuple[setup.Run, dict[str, list[dict]]]:
     """Run train.py, and return the run with its trained network, in eval mode, and the rows of its tables."""
     torch.set_num_threads(THREADS)  # train.py uses one thread for a small model, and the measures then do so too
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         options, tables = [*options, "--run-dir", f"{folder}/run"], {}
         train.main(options)
-        run, _ = train.prepare(configuration.parse(options))
+        run, _ = setup.prepare_run(parse(options))
         state = torch.load(f"{folder}/run/checkpoint.pt", map_location=DEVICE, weights_only=True)
         for name in schema.COLUMNS:
             with open(f"{folder}/run/{name}") as file:
@@ -482,7 +483,7 @@ def compare_information(
 
 def compare_time(
     what: str,
-    run: train.Run,
+    run: setup.Run,
     members: list[tuple[int, torch.Tensor]],
     mean_loss: float,
     ours: float,
@@ -619,7 +620,7 @@ def load_cifar_images(args: argparse.Namespace) -> tuple[str, torch.Tensor, torc
     return "CIFAR-10", x[chosen], y[chosen]
 
 
-def fit_probes(run: train.Run, k: int, labelings: torch.Tensor, kind: Tuned | Thesis, seed: int = 0) -> torch.Tensor:
+def fit_probes(run: setup.Run, k: int, labelings: torch.Tensor, kind: Tuned | Thesis, seed: int = 0) -> torch.Tensor:
     """Return the losses (J,) of the probes of one split for these labelings (J, N) alone, in nats.
 
     dib.measure_splits would fit those of all labelings.

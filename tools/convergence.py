@@ -1,9 +1,9 @@
 """Measure DIB of a run's last epoch again, with 1, 2, 4 and 8 times the steps of the probes.
 
-    python -m tools.convergence runs/MLP-SZT-seed0        (without a folder: the newest run)
+    python -m tools.convergence runs/MLP-SZT-seed0        (default: the newest run)
 
-The network is that of the run's checkpoint. The results are written to convergence.csv in the run's folder, and make
-plots draws them by steps.
+The network is loaded from checkpoint.pt. The results are written to convergence.csv in the run's folder. `make plots`
+draws them.
 """
 
 import csv
@@ -16,39 +16,43 @@ import dib
 import train
 from layerwise import runs, schema
 from training import checkpoint, configuration
-from training.terminal import Parser, Progress, catch_signals, quote_for_make, report_errors
+from training.setup import Run, prepare_run
+from training.terminal import ExitMessages, Parser, quote_for_make, report_errors, set_up_terminal
 
 FACTORS = (1, 2, 4, 8)
 
 Row = tuple[str, str, dib.ProbeResult]  # set, split, result
 
 
-def measure_last_epoch(run: train.Run, epoch: int, factor: int) -> list[Row]:
-    """Return the probes of the last epoch, and those of the input as they were measured in the first epoch."""
-    first = configuration.get_first_measured(run.args.measure_dib)
+def measure_last_epoch(run: Run, epoch: int, factor: int) -> list[Row]:
+    """Measure DIB of every split. The input has the random numbers of the first measured epoch, as in the run."""
+    first = configuration.get_first_measured(run.config.measure_dib)
     if epoch == first:
-        return train.measure_dib(run, epoch, run.args.splits, factor)
-    results = train.measure_dib(run, epoch, [name for name in run.args.splits if name != "input"], factor)
-    of_input = train.measure_dib(run, first, [name for name in run.args.splits if name == "input"], factor)
-    return [lower_upper(row, results) for row in of_input] + results
+        return train.measure_dib(run, epoch, run.config.splits, factor)
+    results = train.measure_dib(run, epoch, [name for name in run.config.splits if name != "input"], factor)
+    of_input = train.measure_dib(run, first, [name for name in run.config.splits if name == "input"], factor)
+    return [take_smallest_upper(row, results) for row in of_input] + results
 
 
-def lower_upper(row: Row, deeper: list[Row]) -> Row:
-    """Return the row of a probe of the input, with `upper` lowered to that of any deeper probe of the same labeling."""
-    name, split, result = row
-    known = [other.upper for of, _, other in deeper if of == name and other[:2] == result[:2]]
-    return name, split, result._replace(upper=min([result.upper, *known]))
+def take_smallest_upper(row: Row, deeper: list[Row]) -> Row:
+    """Return the row with the smallest `upper` of itself and of the deeper splits with the same set and labeling."""
+    set_name, split, result = row
+    uppers = [result.upper]
+    for other_set, _, other in deeper:
+        if (other_set, other.permutation, other.labeling) == (set_name, result.permutation, result.labeling):
+            uppers.append(other.upper)
+    return set_name, split, result._replace(upper=min(uppers))
 
 
-def measure_convergence(run: train.Run, epoch: int) -> list[tuple]:
-    """Return the rows of convergence.csv, and print the share of probes known suboptimal for each factor."""
+def measure_convergence(run: Run, epoch: int) -> list[tuple]:
+    """Measure DIB for every factor. Return the rows of convergence.csv, and print the known suboptimal shares."""
     rows = []
     for factor in tqdm(FACTORS, "times the steps", leave=False, disable=None):
         results = measure_last_epoch(run, epoch, factor)
-        steps = {name: factor * train.count_dib_steps(run.args, name) for name in run.args.sets}
+        steps = {name: factor * train.count_dib_steps(run.config, name) for name in run.config.sets}
         rows += [(factor, steps[name], name, split, *result) for name, split, result in results]
         share = dib.compute_suboptimal_share(result for *_, result in results)
-        tqdm.write(f"{factor} times the steps: {share:.0%} of the probes known suboptimal")
+        tqdm.write(f"{factor} times the steps: {share:.0%} of the probes are known suboptimal")
     return rows
 
 
@@ -62,26 +66,26 @@ def write_table(folder: Path, rows: list[tuple]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="convergence", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", nargs="?", type=Path, help="the folder of a run (the newest under runs/)")
-    parser.add_argument("--device", help="as in train.py (that of the run)")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of the run (default: the newest in runs/)")
+    parser.add_argument("--device", help="as in train.py (default: the device of the run)")
     given = parser.parse_args(arguments)
     folder, device = given.run, ["--device", given.device] if given.device else []
-    progress = Progress("convergence.csv is as it was", "and the same command starts again")
-    with report_errors(parser, progress):
+    messages = ExitMessages("convergence.csv was not changed", "to start again, repeat the command")
+    with report_errors(parser, messages):
         folder = folder or runs.find_newest_run()
         with runs.lock(folder):
             state = checkpoint.load(folder)
             epoch, recorded = state["epoch"], state["hparams"]
-            args = configuration.adopt(["--resume", "--run-dir", str(folder), *device], folder, recorded)
-            if not args.dib or epoch < configuration.get_first_measured(args.measure_dib):
-                raise ValueError(f"{folder} holds no epoch in which DIB was measured")
-            run, _ = train.prepare(args)
+            config = configuration.adopt_recorded(["--resume", "--run-dir", str(folder), *device], folder, recorded)
+            if not config.dib or epoch < configuration.get_first_measured(config.measure_dib):
+                raise ValueError(f"DIB was not measured in any epoch of {folder}")
+            run, _ = prepare_run(config)
             checkpoint.restore(folder, state, run.device, run.parts)
-            progress.running = True
+            messages.running = True
             write_table(folder, measure_convergence(run, epoch))
-        print(f"done: {folder / 'convergence.csv'}; make plots RUN={quote_for_make(folder)} draws it")
+        print(f"done: {folder / 'convergence.csv'}; to draw it: make plots RUN={quote_for_make(folder)}")
 
 
 if __name__ == "__main__":
-    catch_signals()
+    set_up_terminal()
     main()

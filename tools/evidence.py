@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"| {' | '.join(cells)} |", flush=True)
             above += [] if row.error <= row.most else [f"{name}: an error of {row.error:g}, above {row.most:g}"]
     if above:
-        parser.end(1, "; ".join(above))
+        parser.exit_with_message(1, "; ".join(above))
 
 
 if __name__ == "__main__":

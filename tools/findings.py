@@ -1,36 +1,52 @@
-"""Make the tables of docs/study.md from {sweep: its group of runs}. All cells are text."""
+"""Make the tables of docs/study.md.
+
+Each function tabulate_... takes {name of a sweep: its group} and returns a table of texts.
+"""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from analysis.figures import MINIMALITY, add_depth, compute_gap, compute_gaps, fit_lines
-from analysis.table import NOT_MEASURED, SETS, format_digits, format_mean, format_rank
-from analysis.tables import INPUT, Group, average_over_seeds
+from analysis.reading import INPUT, SETS
+from analysis.statistics import (
+    QUANTITIES,
+    add_depth,
+    average_over_seeds,
+    compute_gap,
+    compute_geometric_mean,
+    compute_layer_ratios,
+    compute_spearman,
+    find_extreme_epochs,
+    find_law_epoch,
+    fit_lines,
+    pivot_by_epoch,
+)
+from analysis.table import NOT_MEASURED, format_digits, format_mean, format_rank
+from analysis.tables import Group
 
 Groups = dict[str, Group]
-FITTED = 0.99  # the training accuracy from which a network counts as fitted
-LAW = -0.9  # the correlation of log NC1 with depth from which the law of data separation counts as met
-LEAST_SEEDS = 5  # for a correlation over seeds
+FITTED = 0.99  # the training accuracy from which on a network is fitted
+LAW = -0.9  # the law of data separation holds up to this correlation of log NC1 with depth
+MIN_SEEDS = 5  # for a correlation over seeds
 
 
 def tabulate_fit(groups: Groups) -> pd.DataFrame:
-    """Return how well each network fits at the end."""
+    """Return errors and losses of each network after the last epoch."""
     rows = []
     for name, group in groups.items():
         epochs = group.tables["epochs"].query("epoch == @group.last")
-        ends = {each: epochs[epochs["set"] == each] for each in SETS}
+        train, test = (epochs[epochs["set"] == name] for name in SETS)
         rows.append(
             {
                 "runs": name,
                 "seeds": str(len(group.folders)),
                 "epochs": str(group.last),
-                "training error (%)": format_mean(100 * (1 - ends["train"]["accuracy"])),
-                "test error (%)": format_mean(100 * (1 - ends["test"]["accuracy"])),
-                "loss, train (nats)": format_mean(ends["train"]["loss"]),
-                "loss, test (nats)": format_mean(ends["test"]["loss"]),
-                f"{FITTED:.0%} right in measured epoch": format_epoch(find_fit_epoch(group)),
+                "training error (%)": format_mean(100 * (1 - train["accuracy"])),
+                "test error (%)": format_mean(100 * (1 - test["accuracy"])),
+                "loss, train (nats)": format_mean(train["loss"]),
+                "loss, test (nats)": format_mean(test["loss"]),
+                f"first measured epoch with {FITTED:.0%} training accuracy": format_epoch(find_fit_epoch(group)),
             }
         )
     return pd.DataFrame(rows)
@@ -42,28 +58,28 @@ def find_fit_epoch(group: Group) -> int | None:
     return next((epoch for epoch in group.list_epochs("nc1") if means[epoch] >= FITTED), None)
 
 
-def list_moments(group: Group) -> list[tuple[str, int | None]]:
-    """Return the (name, epoch) of the epochs whose NC1 is compared."""
+def list_compared_epochs(group: Group) -> list[tuple[str, int | None]]:
+    """Return the epochs at which NC1 is compared, [(name, epoch), ...]."""
     return [("start", group.list_epochs("nc1")[0]), (f"{FITTED:.0%} right", find_fit_epoch(group)), ("end", group.last)]
 
 
 def format_epoch(epoch: int | None) -> str:
-    """Return the epoch as text."""
+    """Return the epoch as text, or "never" if it is None."""
     return "never" if epoch is None else str(epoch)
 
 
 def format_geometric(values: pd.Series) -> str:
-    """Return the geometric mean and the factor of a standard deviation. NaN is left out, and the rest is counted."""
-    logs = np.log(values).dropna()
-    if logs.empty:
+    """Format the geometric mean and the geometric standard deviation.
+
+    NaN values are ignored. If there are any, the number of the other values is appended.
+    """
+    mean, factor, count = compute_geometric_mean(values)
+    if count == 0:
         return NOT_MEASURED
-    spread = f" ×/÷ {np.exp(logs.std()):.2f}" if len(logs) > 1 else ""
-    mean = np.exp(logs.mean())
-    return (
-        format_digits(mean, 3, of=mean)
-        + spread
-        + (f" ({len(logs)} of {len(values)})" if len(logs) < len(values) else "")
-    )
+    text = format_digits(mean, 3, of=mean)
+    if count > 1:
+        text += f" ×/÷ {factor:.2f}"
+    return text if count == len(values) else f"{text} ({count} of {len(values)})"
 
 
 def tabulate_collapse(groups: Groups) -> pd.DataFrame:
@@ -75,54 +91,43 @@ def tabulate_collapse(groups: Groups) -> pd.DataFrame:
         for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
             row = {"runs": name, "layer": layer}
             of_layer = nc1[nc1["layer"] == layer]
-            for title, epoch in list_moments(group):
-                for each in SETS:
-                    at_epoch = of_layer[(of_layer["epoch"] == epoch) & (of_layer["set"] == each)]
-                    row[f"{title}, {each}"] = format_geometric(at_epoch["nc1"]) + format_rank(at_epoch)
+            for title, epoch in list_compared_epochs(group):
+                for set_name in SETS:
+                    at_epoch = of_layer[(of_layer["epoch"] == epoch) & (of_layer["set"] == set_name)]
+                    row[f"{title}, {set_name}"] = format_geometric(at_epoch["nc1"]) + format_rank(at_epoch)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def tabulate_law(groups: Groups) -> pd.DataFrame:
-    """Return the line of log NC1 by depth: the factor from a layer to the next, and the correlation, over seeds."""
+    """Return factor per layer and correlation of the line of log NC1 by depth, over seeds."""
     rows = []
     for name, group in groups.items():
-        lines = fit_lines(add_depth(group)).assign(factor=lambda line: np.exp(line["slope"]))
-        for each in SETS:
-            of_set = lines[lines["set"] == each]
-            means = of_set.groupby("epoch")["correlation"].mean()
-            broken = means.index[~(means <= LAW)]
-            since = means.index[means.index > broken.max()] if len(broken) else means.index
-            row = {"runs": name, "set": each, f"≤ {LAW} from epoch": format_epoch(since.min() if len(since) else None)}
-            for title, epoch in list_moments(group):
+        lines = fit_lines(add_depth(group.tables["nc1"], group.layers))
+        for set_name in SETS:
+            of_set = lines[lines["set"] == set_name]
+            row = {"runs": name, "set": set_name, f"≤ {LAW} from epoch": format_epoch(find_law_epoch(of_set, LAW))}
+            for title, epoch in list_compared_epochs(group):
                 at_epoch = of_set[of_set["epoch"] == epoch]
-                row[f"factor, {title}"] = format_geometric(at_epoch["factor"])
+                row[f"factor, {title}"] = format_geometric(np.exp(at_epoch["slope"]))
                 row[f"correlation, {title}"] = format_mean(at_epoch["correlation"])
-            ratios = compute_layer_ratios(group, each)
-            rows.append(row | {"from layer to layer, end": f"{ratios.min():.2f} to {ratios.max():.2f}"})
+            ratios = compute_layer_ratios(group.select_rows("nc1", set_name).query("epoch == @group.last"))
+            row["ratio of NC1 between consecutive layers, end"] = f"{ratios.min():.2f} to {ratios.max():.2f}"
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def compute_layer_ratios(group: Group, each: str) -> pd.Series:
-    """Return NC1 of each layer over that of the layer before, at the end. On a line all ratios are equal."""
-    nc1 = group.select_rows("nc1", each).query("epoch == @group.last and layer != @INPUT")
-    means = average_over_seeds(nc1, ["layer"], "nc1", log=True)["mean"]
-    return (means / means.shift()).dropna()
-
-
 def tabulate_compression(groups: Groups) -> pd.DataFrame:
-    """Return minimality where its mean on the training set is highest and where lowest after that, and the changes.
+    """Return minimality at the start, at its maximum, at its minimum after that and at the end, and the changes.
 
-    These epochs are chosen by the training set, so the changes of the training set between them are biased. Those of
-    the test set are not.
+    Maximum and minimum are those of the mean on the training set. The changes between them are therefore biased on the
+    training set, but not on the test set.
     """
     rows = []
     for name, layer, information in iterate_layers(groups):
-        train, test = (
-            information[information["set"] == each].pivot(index="seed", columns="epoch")["minimality"] for each in SETS
-        )
-        highest, first, last = train.mean().idxmax(), train.columns.min(), train.columns.max()
-        lowest = train.loc[:, highest:].mean().idxmin()
+        train, test = (pivot_by_epoch(information[information["set"] == each], "minimality") for each in SETS)
+        first, last = train.columns.min(), train.columns.max()
+        highest, lowest = find_extreme_epochs(train)
         row = {"runs": name, "layer": layer, "start": format_bits(train[first])}
         for title, epoch in (("highest", highest), ("lowest after", lowest)):
             row[title] = f"{format_bits(train[epoch])} (epoch {epoch})"
@@ -142,64 +147,57 @@ def tabulate_compression(groups: Groups) -> pd.DataFrame:
 
 
 def format_bits(values: pd.Series) -> str:
-    """Return the mean and the standard deviation. Probes are not exact to more than three decimals."""
+    """Format mean and standard deviation with three decimals, which is the accuracy of the probes."""
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def format_change(changes: pd.Series) -> str:
-    """Return the mean change and, for several seeds, how many of them rose and fell."""
+    """Format the mean change and, for several seeds, the numbers of seeds that rise and fall."""
     counts = f" ({(changes > 0).sum()} up, {(changes < 0).sum()} down)" if len(changes) > 1 else ""
     return format_bits(changes) + counts
 
 
 def iterate_layers(groups: Groups) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield (sweep, layer, information) for the last layer of every encoder."""
+    """Yield (sweep, layer, rows of the table information) for the last layer of every encoder."""
     for name, group in groups.items():
         information = group.tables["information"]
         for layer, of_layer in information[information["layer"] != INPUT].groupby("layer", sort=False):
             yield name, layer, of_layer
 
 
-def compute_spearman(x: pd.Series, y: pd.Series) -> float:
-    """Return Pearson's correlation of the ranks, where both have a value. It is NaN if one of them is constant."""
-    both = pd.DataFrame({"x": x, "y": y}).dropna().rank()
-    return both["x"].corr(both["y"])
-
-
 def tabulate_generalisation(groups: Groups) -> pd.DataFrame:
-    """Return rank correlations of minimality with the gap between training and test set.
+    """Return rank correlations of minimality with the loss gap (test - train) and the test accuracy.
 
-    Over the epochs of each seed: with test - train of the loss. Over seeds at the end: of minimality, of its change
-    since the start and of its own test - train, with that gap and with the test accuracy.
+    Over the epochs of each seed, minimality and its gap are correlated with the loss gap. Over seeds in the last epoch,
+    minimality, its change since the start and its gap are correlated with the loss gap and the test accuracy.
     """
     rows = []
     for name, layer, information in iterate_layers(groups):
         group, last = groups[name], information["epoch"].max()
         losses = compute_gap(group.tables["epochs"], [], "loss")
         accuracies = group.select_rows("epochs", "test").set_index(["seed", "epoch"])["accuracy"]
-        on_train = information[information["set"] == "train"]
-        own = on_train.pivot(index="seed", columns="epoch", values="minimality")
-        own_gap = compute_gaps(group)[MINIMALITY].loc[layer]
+        minimality = pivot_by_epoch(information[information["set"] == "train"], "minimality")
+        gap = compute_gap(information, [], "minimality")
         row = {"runs": name, "layer": layer}
-        for title, values in (("minimality", own.stack()), ("test − train", own_gap)):
+        for title, values in (("minimality", minimality.stack()), ("test − train", gap)):
             both = pd.DataFrame({"x": values, "y": losses}).dropna()
             over_epochs = both.groupby("seed").apply(lambda seed: compute_spearman(seed["x"], seed["y"]))
             row[f"{title}, loss gap: over epochs"] = format_mean(over_epochs)
-        at_end = {"change": own[last] - own[own.columns.min()], "minimality": own[last]}
-        at_end["test − train"] = own_gap.xs(last, level="epoch")
-        enough = len(own) >= LEAST_SEEDS
+        at_end = {"change": minimality[last] - minimality[minimality.columns.min()], "minimality": minimality[last]}
+        at_end["test − train"] = gap.xs(last, level="epoch")
+        has_enough_seeds = len(minimality) >= MIN_SEEDS
         for title, values in at_end.items():
             for other_title, other in (("loss gap", losses), ("accuracy", accuracies)):
                 rho = compute_spearman(values, other.xs(last, level="epoch"))
-                row[f"{title}, {other_title}: over seeds"] = f"{rho:.2f}" if enough else NOT_MEASURED
+                row[f"{title}, {other_title}: over seeds"] = f"{rho:.2f}" if has_enough_seeds else NOT_MEASURED
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def tabulate_architectures(groups: Groups) -> pd.DataFrame:
-    """Return NC1 and minimality at the end, beside the gaps, for the deepest split of each network.
+    """Return NC1, minimality and the gaps after the last epoch, for the deepest split of each network.
 
-    Without DIB it is the last layer.
+    If DIB was not measured, the last layer is used.
     """
     rows = []
     for name, group in groups.items():
@@ -210,7 +208,7 @@ def tabulate_architectures(groups: Groups) -> pd.DataFrame:
         row = {"runs": name, "layer": layer, "d": str(nc1.loc[nc1["layer"] == layer, "dim"].iloc[0])}
         row["NC1, train"] = format_geometric(end["train"])
         row["NC1, test over train"] = format_geometric(end["test"] / end["train"])
-        row["the same, start"] = format_geometric(first["test"] / first["train"])
+        row["NC1, test over train, at the start"] = format_geometric(first["test"] / first["train"])
         row["minimality, train"] = format_bits(minimality["train"]) if len(minimality) else NOT_MEASURED
         difference = format_bits(minimality["test"] - minimality["train"]) if len(minimality) else NOT_MEASURED
         row["minimality, test − train"] = difference
@@ -227,32 +225,32 @@ def pivot_by_set(table: pd.DataFrame, layer: str, epoch: int, value: str) -> pd.
 
 
 def tabulate_probes(groups: Groups) -> pd.DataFrame:
-    """Return what probes that are trained in different ways find in the same networks.
+    """Return information by probes that are trained in different ways on the same networks.
 
-    They are compared on their training sets, in the epochs and seeds that all groups have. The epoch between start and
-    end is that of the least minimality in the first group. Tuned probes are shown by `upper`, probes of the thesis by
-    their own loss.
+    It is that of the training set, in the epochs and seeds that all groups have. The column `between` is the epoch of
+    lowest minimality in the first group. Information is computed from `upper` for Tuned() probes, and from `loss` for
+    Thesis() probes.
     """
-    few = min(len(group.folders) for group in groups.values())
+    seeds = min(len(group.folders) for group in groups.values())
     common = sorted(set.intersection(*(set(group.list_epochs("information")) for group in groups.values())))
     rows, lowest = [], {}
     for name, layer, information in iterate_layers(groups):
         end = "_by_loss" if groups[name].hparams[0].get("probes") == "thesis" else ""
-        is_shown = (information["set"] == "train") & (information["seed"] < few) & information["epoch"].isin(common)
+        is_shown = (information["set"] == "train") & (information["seed"] < seeds) & information["epoch"].isin(common)
         row = {"runs": name, "layer": layer}
-        for measure in ("minimality", "sufficiency"):
-            values = information[is_shown].pivot(index="seed", columns="epoch", values=measure + end)
+        for quantity in QUANTITIES:
+            values = pivot_by_epoch(information[is_shown], quantity + end)
             lowest.setdefault(layer, values.mean().idxmin())
-            row[f"{measure}, epoch {common[0]}"] = format_bits(values[common[0]])
-            if measure == "minimality":
+            row[f"{quantity}, epoch {common[0]}"] = format_bits(values[common[0]])
+            if quantity == "minimality":
                 row["between"] = f"{format_bits(values[lowest[layer]])} (epoch {lowest[layer]})"
-            row[f"{measure}, epoch {common[-1]}"] = format_bits(values[common[-1]])
+            row[f"{quantity}, epoch {common[-1]}"] = format_bits(values[common[-1]])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def tabulate_convergence(groups: Groups) -> pd.DataFrame:
-    """Return minimality (bits) on the training set at the end, with more and more steps, of seed 0."""
+    """Return minimality (bits) on the training set after the last epoch, by the steps of the probes."""
     rows = []
     for name, group in groups.items():
         for layer, of_layer in group.select_rows("convergence_information", "train").groupby("layer", sort=False):

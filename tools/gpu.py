@@ -33,11 +33,13 @@ import nc1
 import train
 from layerwise import devices
 from layerwise.probes import BATCH_SIZE
-from training import checkpoint, configuration
+from training import checkpoint
+from training.hardware import choose_compile
+from training.optimizers import LEARNING_RATE
 
 EPOCHS, DIB_EPOCHS = 15, 30  # of the thesis run
 MEASURED = 2  # epochs of either kind that are run and timed
-ADAMW = partial(torch.optim.AdamW, lr=configuration.LEARNING_RATE, fused=True)
+ADAMW = partial(torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
 PRECISIONS = ("float32", "TF32", "bfloat16")
 LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
 
@@ -256,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     def make_model() -> nn.Sequential:
         return models.build(args.model, dataset.input_shape, 10).to(memory_format=torch.channels_last)
 
-    compiled = configuration.choose_compile(torch.device("cuda"), None)
+    compiled = choose_compile(torch.device("cuda"), None)
     case = Case(args.model, dataset, make_model, args.batch_size, args.splits, compiled)
     card, rows = torch.cuda.get_device_name(), []
     print(f"{card}, torch {torch.__version__}; {args.model} on {name_of_images}")

@@ -1,4 +1,4 @@
-"""Refuse a make target that does not exist, with its new name if it was renamed."""
+"""Exit with a message for a make target that does not exist. A renamed target is given with its new name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Make the figures and tables of docs/study.md from its runs, and first the runs that are missing: `make study`."""
+"""Run the missing runs of docs/study.md, then make its figures and tables (`make study`)."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 from analysis import gallery
 from analysis.table import format_markdown
 from analysis.tables import Group, read_groups
-from layerwise import runs
+from layerwise.runs import write_atomically
 from tools import findings
 from training import checkpoint
 
@@ -25,8 +25,11 @@ IMAGES = "-d FashionMNIST --download --train-size 2000"
 class Sweep(NamedTuple):
     """Runs that differ only in their seed.
 
-    seeds: how many. minutes: of a run on one core, with its convergence. flags: of train.py. convergence: whether that
-    of seed 0 is measured.
+    Attributes:
+        seeds: the number of seeds.
+        minutes: the estimated minutes of a run on one core, with `make convergence` if it is run.
+        flags: the flags of train.py.
+        convergence: whether `make convergence` is run for seed 0.
     """
 
     seeds: int
@@ -35,7 +38,7 @@ class Sweep(NamedTuple):
     convergence: bool = False
 
     def list_folders(self, name: str) -> list[Path]:
-        """Return the folders of the runs, that of seed 0 first."""
+        """Return the folders of the runs, in order of the seed."""
         return [RUNS / f"{name}-seed{seed}" for seed in range(self.seeds)]
 
 
@@ -103,7 +106,7 @@ TABLES = {  # {mark in docs/study.md: (function that makes the table, the sweeps
     "probes of images": (findings.tabulate_probes, ["mnistnet", "mnistnet-thesis"]),
 }
 
-caught: list[int] = []  # the signals that came; after one, no program is started
+caught: list[int] = []  # received signals; after one, no program is started
 children: set[subprocess.Popen] = set()
 
 
@@ -116,17 +119,19 @@ def format_commands(name: str) -> str:
 
 
 def is_finished(folder: Path, sweep: Sweep) -> bool:
-    """Return whether a run has all its epochs and, if it is to be measured, its convergence."""
+    """Return whether all epochs are finished and convergence.csv exists if it is required."""
     try:
         state = checkpoint.load(folder)
     except (ValueError, OSError):
         return False
-    is_measured = not sweep.convergence or not folder.name.endswith("seed0") or (folder / "convergence.csv").exists()
-    return is_measured and state["epoch"] >= state["hparams"]["epochs"]
+    is_required = sweep.convergence and folder.name.endswith("seed0")
+    if is_required and not (folder / "convergence.csv").exists():
+        return False
+    return state["epoch"] >= state["hparams"]["epochs"]
 
 
 def print_estimate(jobs: int) -> None:
-    """Print how many runs are missing, and how long they take with so many sweeps at a time."""
+    """Print the number of missing runs and the estimated time. jobs: the number of sweeps that run in parallel."""
     left = {}
     for name, sweep in SWEEPS.items():
         folders = [folder for folder in sweep.list_folders(name) if not is_finished(folder, sweep)]
@@ -135,11 +140,11 @@ def print_estimate(jobs: int) -> None:
             print(f"{name}: {len(folders)} to do, about {left[name]:.0f} min on one core")
     if left:
         about = max(*left.values(), sum(left.values()) / jobs)
-        print(f"{jobs} at a time take about {about:.0f} min; {RUNS}/<name>.log shows the progress of each", flush=True)
+        print(f"about {about:.0f} min with {jobs} sweeps in parallel; for progress see {RUNS}/<name>.log", flush=True)
 
 
 def finish_sweep(name: str) -> bool:
-    """Finish the runs of a sweep, and the convergence of the first. Return whether all programs succeeded."""
+    """Run a sweep, and `make convergence` for its first run if required. Return whether both succeeded."""
     sweep, first = SWEEPS[name], SWEEPS[name].list_folders(name)[0]
     with (RUNS / f"{name}.log").open("a") as log:
         done = launch(log, "tools.sweep", str(sweep.seeds), *sweep.flags.split(), "--run-dir", str(RUNS / name))
@@ -156,14 +161,14 @@ def launch(log: TextIO, module: str, *arguments: str) -> bool:
     command = [sys.executable, "-m", module, *arguments]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    # in a session of its own: a keyboard's SIGINT would reach it twice, directly and through `stop`
+    # start_new_session: otherwise Ctrl-C would be sent to it twice, by the terminal and by stop_programs
     child = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     children.add(child)
     return child.wait() == 0
 
 
-def stop(number: int, frame: object) -> None:
-    """End the programs, which lose the epoch in progress, and start no more."""
+def stop_programs(number: int, frame: object) -> None:
+    """Terminate the running programs and do not start others. The epochs in progress are lost."""
     caught.append(number)
     for child in list(children):
         child.terminate()
@@ -171,7 +176,7 @@ def stop(number: int, frame: object) -> None:
 
 @cache
 def read_sweeps(*names: str) -> list[Group]:
-    """Return the groups of runs of these sweeps."""
+    """Return the groups of the runs of these sweeps."""
     return read_groups([folder for name in names for folder in SWEEPS[name].list_folders(name)])
 
 
@@ -179,7 +184,7 @@ def draw_figure(name: str) -> None:
     """Write a figure to docs/study."""
     kind, sweeps = FIGURES[name]
     (content,) = gallery.render_figure(kind, read_sweeps(*sweeps), ("png",))
-    runs.write_atomically(DOCS / "study" / f"{name}.png", content)
+    write_atomically(DOCS / "study" / f"{name}.png", content)
 
 
 def format_figure(name: str) -> str:
@@ -192,8 +197,8 @@ def format_figure(name: str) -> str:
     return f'{image}\n\n    make plots RUN="{wanted}"    # {path}\n'
 
 
-def fill(text: str, parts: dict[str, str]) -> str:
-    """Return the text with each part between its marks, <!-- name --> and <!-- end -->."""
+def replace_parts(text: str, parts: dict[str, str]) -> str:
+    """Replace the text between the marks <!-- name --> and <!-- end --> by parts[name]."""
     for name, part in parts.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -205,7 +210,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, stop_programs)
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     RUNS.mkdir(parents=True, exist_ok=True)
     print_estimate(jobs)
@@ -221,7 +226,7 @@ def main() -> None:
         parts[name] = format_markdown(tabulate({sweep: read_sweeps(sweep)[0] for sweep in sweeps}))
     parts["commands"] = "    export OMP_NUM_THREADS=1\n" + "".join(map(format_commands, SWEEPS))
     path = DOCS / "study.md"
-    runs.write_atomically(path, fill(path.read_text("utf-8"), parts).encode())
+    write_atomically(path, replace_parts(path.read_text("utf-8"), parts).encode())
     print("docs/study.md")
 
 

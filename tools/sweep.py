@@ -1,18 +1,20 @@
-"""Run several seeds, one after another. A run is started, continued or skipped, depending on what its folder holds.
+"""Run several seeds, one after another. Finished runs are skipped, and runs that were stopped are continued.
 
-    python -m tools.sweep 5 --model MLP --data SZT        (seeds 0 to 4; then any flag of train.py)
+    python -m tools.sweep 5 --model MLP --data SZT        (seeds 0 to 4, and any flags of train.py)
 
-With --run-dir runs/a the folders are runs/a-seed0 to runs/a-seed4. If a run fails, the others still run. A task of a
-Slurm job array runs only the seed of its own number.
+With --run-dir runs/a the folders are runs/a-seed0 to runs/a-seed4. If a run fails, the sweep continues with the next
+seed. In a Slurm job array, each task runs the seed SLURM_ARRAY_TASK_ID.
 """
 
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from training import checkpoint, configuration
+from training.flags import COUNT
 from training.terminal import Parser
 
 PROGRAM = Path(__file__).parent.parent / "train.py"
@@ -23,13 +25,12 @@ caught: list[int] = []  # signals; after the first no further run is started
 def main(arguments: list[str] | None = None) -> None:
     usage, about = "sweep seeds [any flag of train.py]", __doc__.split("\n")[0]
     parser = Parser(prog="sweep", usage=usage, description=about, allow_abbrev=False)
-    seeds_type = configuration.make_number_type(int, 1)
-    parser.add_argument("seeds", type=seeds_type, help="how many, from 0; then any flag of train.py")
+    parser.add_argument("seeds", type=COUNT, help="number of seeds, from 0; then any flag of train.py")
     args, rest = parser.parse_known_args(arguments)
     given = configuration.parse(rest)
     has_seed = any(word.split("=")[0] == "--seed" for word in rest)
     if given.resume or has_seed or given.tune == "only":
-        parser.error("a sweep sets --seed and --resume itself, and trains: expected no --seed, --resume, --tune only")
+        parser.error("--seed, --resume and --tune only cannot be used in a sweep")
     seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         if task not in map(str, seeds):
@@ -38,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     outcomes, named = {}, given.run_dir
     for seed in seeds:
-        given.seed, given.run_dir = seed, f"{named}-seed{seed}" if named else None
-        folder = configuration.choose_run_folder(given)
+        run_dir = f"{named}-seed{seed}" if named else None
+        folder = configuration.choose_run_folder(replace(given, seed=seed, run_dir=run_dir))
         outcomes[folder] = finish_run([*rest, "--run-dir", str(folder), "--seed", str(seed)], folder)
         if caught:
             break
@@ -52,11 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def finish_run(words: list[str], folder: Path) -> str:
-    """Run train.py with these flags until the run in the folder is finished. Return the outcome in words."""
+    """Run train.py with these flags until the run in the folder is finished. Return the outcome as a text."""
     if (folder / "hparams.json").exists():
         try:
             state = checkpoint.load(folder)
-            wanted = configuration.adopt(words, folder, state["hparams"])
+            wanted = configuration.adopt_recorded(words, folder, state["hparams"])
         except (ValueError, OSError) as error:
             return f"failed: {error}"
         if state["epoch"] >= wanted.epochs:
@@ -64,14 +65,14 @@ def finish_run(words: list[str], folder: Path) -> str:
         words = [*words, "--resume"]
     status = launch(words)
     if caught:
-        return f"stopped by {signal.Signals(caught[0]).name}; the same command continues"
+        return f"stopped by {signal.Signals(caught[0]).name}; to continue, repeat the command"
     return "done" if status == 0 else f"failed with status {status}"
 
 
 def launch(words: list[str]) -> int:
-    """Run train.py in a process of its own, and return its status.
+    """Run train.py in another process, and return its exit status.
 
-    SIGTERM is passed on within a second. A SIGINT of the keyboard reaches the process without that.
+    SIGTERM is forwarded to the process within a second. The terminal sends the SIGINT of Ctrl-C to both processes.
     """
     child = subprocess.Popen([sys.executable, PROGRAM, *words])
     terminated = False

@@ -1,1 +1,1 @@
-"""What train.py stands on: its flags, its checkpoints, its messages, and the learning-rate range test."""
+"""Modules of train.py: flags, set-up, checkpoints, exit messages, and the learning-rate range test."""

@@ -1,36 +1,36 @@
-"""checkpoint.pt, from which a run is continued after a crash at any moment.
+"""Save and load checkpoint.pt, so that a run can be continued after a crash.
 
-The rows of an epoch are appended to the tables at its end, those of epochs.csv last: an epoch in epochs.csv has all its
-rows. Then checkpoint.pt is replaced. It holds the length and the checksum of each table. `resume` truncates the tables
-to these lengths, which removes the rows of an epoch that was not finished.
+At the end of an epoch, rows are appended to the tables, to epochs.csv last. Then checkpoint.pt is replaced. It holds
+the length and the checksum of each table. After a crash in between, the tables have rows of an epoch that is not
+finished. discard_unfinished_epoch truncates them to the lengths in the checkpoint.
 """
 
 import io
 import json
 import os
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
 import torch
 
 from layerwise import runs
-from layerwise.schema import COLUMNS, LR_RANGE, MAY_DIFFER, RENAMED_HPARAMS
+from layerwise.schema import COLUMNS, DEVICE_DEFAULTS, LR_RANGE, MAY_CHANGE, RENAMED_HPARAMS
+from layerwise.streams import restore_random_states, take_random_states
 
 BEGUN = -1  # the epoch in a run's first checkpoint, which is written before epoch 0 is measured
 
 
-def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps: list[tuple]) -> None:
-    """Write the headers of the tables, hparams.json and the first checkpoint, or nothing.
+def create_run_files(folder: Path, hparams: dict, device: torch.device, parts: dict, tried: list[tuple]) -> None:
+    """Create the tables, hparams.json and the first checkpoint. If this fails, the files are removed again.
 
-    steps: the rows of lr_range.csv, if there was a range test. Raises ValueError if the folder cannot be written.
+    tried: the rows of lr_range.csv, empty without a range test. Raises ValueError if the folder cannot be written.
     """
     try:
         for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv"):
             (folder / name).unlink(missing_ok=True)
-        if steps:
-            lines = [LR_RANGE, *(",".join(map(str, step)) for step in steps)]
+        if tried:
+            lines = [LR_RANGE, *(",".join(map(str, row)) for row in tried)]
             runs.write_atomically(folder / "lr_range.csv", ("\n".join(lines) + "\n").encode())
         for name in COLUMNS:
             runs.write_atomically(folder / name, runs.make_header(name))
@@ -48,8 +48,8 @@ def start(folder: Path, hparams: dict, device: torch.device, parts: dict, steps:
 def load(folder: Path) -> dict:
     """Return the last checkpoint of a run.
 
-    Raises ValueError, naming the file, if checkpoint.pt, hparams.json or a table is missing, damaged, of another run or
-    of an earlier version.
+    Raises ValueError if checkpoint.pt, hparams.json or a table is missing or damaged, belongs to a different run, or
+    was written by an earlier version. The message names the file.
     """
     refuse_earlier_version(folder)
     path = folder / "checkpoint.pt"
@@ -57,31 +57,44 @@ def load(folder: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         hparams, epoch, tables = state["hparams"], state["epoch"], state["tables"]
         if set(tables) != set(COLUMNS) or not BEGUN <= epoch <= hparams["epochs"]:
-            raise ValueError("it lacks a table or an epoch")
+            raise ValueError("the entries of the tables or the epoch are missing or invalid")
         sizes = {name: (int(size), int(checksum)) for name, (size, checksum) in tables.items()}
     except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # the first sentence
         raise ValueError(f"{path} is not a checkpoint of a run: {reason}") from error
-
-    recorded = read_hparams(folder)
-    for name in {**hparams, **recorded}:
-        texts = [json.dumps(flags[name]) if name in flags else "nothing" for flags in (recorded, hparams)]
-        if texts[0] != texts[1] and (name not in MAY_DIFFER or "nothing" in texts):
-            path = folder / "hparams.json"
-            raise ValueError(f"{path} has {texts[0]} as {name}, and checkpoint.pt beside it {texts[1]}")
-
-    for name, (size, checksum) in sizes.items():
-        content = (folder / name).read_bytes() if (folder / name).exists() else b""
-        if len(content) < size or crc32(content[:size]) != checksum:
-            when = f"epoch {epoch}" if epoch > BEGUN else "the start of the run"
-            raise ValueError(f"{folder / name} is not as it was after {when}: it was edited or cut short")
-        if not content.startswith(runs.make_header(name)):
-            raise ValueError(f"{folder / name} has other columns than {COLUMNS[name]}: a run of another version")
+    validate_hparams(folder, hparams)
+    validate_tables(folder, epoch, sizes)
     return state
 
 
+def validate_hparams(folder: Path, hparams: dict) -> None:
+    """Raise ValueError if hparams.json differs from the hparams in the checkpoint.
+
+    The values that a resumed run may change may differ: a crash can come between writing the two files.
+    """
+    recorded = read_hparams(folder)
+    may_differ = {*MAY_CHANGE, *DEVICE_DEFAULTS, "chosen"}
+    for name in {**hparams, **recorded}:
+        texts = [json.dumps(values[name]) if name in values else "missing" for values in (recorded, hparams)]
+        if texts[0] != texts[1] and (name not in may_differ or "missing" in texts):
+            raise ValueError(f"{name} is {texts[0]} in {folder / 'hparams.json'}, but {texts[1]} in checkpoint.pt")
+
+
+def validate_tables(folder: Path, epoch: int, sizes: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError if a table does not begin with its rows up to the epoch. sizes: {table: (length, checksum)}."""
+    for name, (size, checksum) in sizes.items():
+        content = (folder / name).read_bytes() if (folder / name).exists() else b""
+        if len(content) < size or crc32(content[:size]) != checksum:
+            since = f"epoch {epoch}" if epoch > BEGUN else "the start of the run"
+            raise ValueError(f"{folder / name} has changed since {since}: it was edited or truncated")
+        if not content.startswith(runs.make_header(name)):
+            raise ValueError(
+                f"{folder / name} was written by a different version: expected the columns {COLUMNS[name]}"
+            )
+
+
 def read_hparams(folder: Path) -> dict:
-    """Return what hparams.json holds. Raises ValueError if it cannot be read."""
+    """Return the contents of hparams.json. Raises ValueError if it cannot be read."""
     path = folder / "hparams.json"
     try:
         recorded = json.loads(path.read_text("utf-8"))
@@ -93,15 +106,24 @@ def read_hparams(folder: Path) -> dict:
 
 
 def refuse_earlier_version(folder: Path) -> None:
-    """Raise ValueError for a run whose flags have the names of an earlier version."""
+    """Raise ValueError if hparams.json has flags under their old names."""
     if not (folder / "hparams.json").exists():
         return
     old = sorted(set(RENAMED_HPARAMS) & set(read_hparams(folder)))
     if old:
         raise ValueError(
-            f"{folder} holds a run of an earlier version, in which --{RENAMED_HPARAMS[old[0]]} was called --{old[0]}: "
-            "the run can be drawn, but not continued"
+            f"{folder} holds a run of an earlier version (--{old[0]} is now --{RENAMED_HPARAMS[old[0]]}): it can be "
+            "plotted, but not continued"
         )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError if the folder holds a run with at least one finished epoch."""
+    tables = [name for name in COLUMNS if (folder / name).exists()]
+    unmeasured = tables and all((folder / name).read_bytes() == runs.make_header(name) for name in tables)
+    if (tables or (folder / "checkpoint.pt").exists()) and not unmeasured:
+        refuse_earlier_version(folder)
+        raise ValueError(f"{folder} already holds a run: continue it with --resume, or choose another with --run-dir")
 
 
 def restore(folder: Path, state: dict, device: torch.device, parts: dict) -> None:
@@ -111,20 +133,19 @@ def restore(folder: Path, state: dict, device: torch.device, parts: dict) -> Non
     """
     try:
         for name, part in parts.items():
-            if state[name] or name != "scaler":  # a scaler that is not enabled has no state
+            if state[name] or name != "scaler":  # the state of a disabled GradScaler is empty, and it cannot be loaded
                 part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        if device.type == "cuda" and "random_cuda" in state:
-            torch.cuda.set_rng_state(state["random_cuda"], device)
-        elif device.type == "cuda":  # the run was on a CPU until now: start a new stream, not that of the seed again
-            torch.cuda.manual_seed(int.from_bytes(sha256(state["random"].numpy()).digest()[:7], "big"))
+        restore_random_states(state, device)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / 'checkpoint.pt'} does not fit the model: {reason}") from error
 
 
-def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Truncate the tables to the epoch of a loaded checkpoint, whose states are restored, and record today's flags."""
+def discard_unfinished_epoch(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
+    """Truncate the tables to the last finished epoch, and write the present hparams.
+
+    state: a checkpoint that `restore` has loaded into the parts.
+    """
     for name, (size, _) in state["tables"].items():
         with (folder / name).open("rb+") as file:
             file.truncate(size)
@@ -134,12 +155,10 @@ def resume(folder: Path, state: dict, hparams: dict, device: torch.device, parts
 
 
 def save(folder: Path, epoch: int, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Replace checkpoint.pt: the states of the parts and of the random generators, and the checksums of the tables."""
-    state = {"epoch": epoch, "hparams": hparams, "random": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random_cuda"] = torch.cuda.get_rng_state(device)
+    """Write checkpoint.pt with the states of the parts and random generators, and the checksums of the tables."""
     contents = {name: (folder / name).read_bytes() for name in COLUMNS}
-    state["tables"] = {name: (len(content), crc32(content)) for name, content in contents.items()}
+    tables = {name: (len(content), crc32(content)) for name, content in contents.items()}
+    state = {"epoch": epoch, "hparams": hparams, **take_random_states(device), "tables": tables}
     file = io.BytesIO()
     torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
     runs.write_atomically(folder / "checkpoint.pt", file.getvalue())

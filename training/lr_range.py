@@ -1,7 +1,7 @@
 """The learning-rate range test (Smith, "Cyclical learning rates for training neural networks", WACV 2017).
 
-A copy of the model is trained with a learning rate that grows exponentially from step to step. The loss falls once the
-rate is large enough, and rises once it is too large. The chosen rate is the one where the loss falls most steeply.
+A copy of the model is trained with a learning rate that grows exponentially from step to step. The loss falls when the
+rate is large enough, and rises when the rate is too large. The chosen rate is where the loss falls most steeply.
 """
 
 import copy
@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.samples import Samples
+from training.hardware import make_autocast, make_scaler
 
 LOWEST, HIGHEST = 1e-6, 1.0
-STEPS = 100  # at least; several passes if one has fewer batches
+STEPS = 100  # minimum number of steps: several passes over the samples if one has fewer batches
 SMOOTHING = 0.8  # of the exponential mean of the loss, about five steps
-DIVERGED = 4.0  # the test ends once the smoothed loss is so many times its lowest value
-WINDOW = 5  # a line is fitted through so many steps on either side: a factor of 2 in the rate
-STEADY = 0.8  # share of the variance that the line must explain: at rates that are too large the loss jumps
+DIVERGED = 4.0  # the test ends when the smoothed loss exceeds DIVERGED times its minimum
+WINDOW = 5  # steps on either side through which a line is fitted: with 100 steps a factor of 2 in the rate
+STEADY = 0.8  # minimum R^2 of that line: at rates that are too large the loss is noisy
 
 
 class Step(NamedTuple):
@@ -37,17 +38,16 @@ def run_test(
     samples: Samples,
     make_optimizer: Callable[..., torch.optim.Optimizer],
     batch_size: int,
-    autocast: Callable,
-    scaler: torch.amp.GradScaler,
+    precision: str,
 ) -> list[Step]:
-    """Return the steps of the test, up to the one where the loss diverged. The model and random states do not change.
+    """Return the steps before the loss diverged. The model and the random states are not changed.
 
-    make_optimizer: called with parameters and lr. autocast: the context of a forward pass. scaler: of the loss; another
-    one than that of training.
+    make_optimizer: called with the parameters and lr. precision: a key of hardware.PRECISIONS.
     """
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], lr=LOWEST)
     device, steps, mean, lowest = samples.labels.device, [], 0.0, inf
+    autocast, scaler = make_autocast(device, precision), make_scaler(device, precision)
     batches = ceil(len(samples) / batch_size)
     passes = ceil(STEPS / batches)
     growth = log(HIGHEST / LOWEST) / (passes * batches - 1)
@@ -62,7 +62,7 @@ def run_test(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            value = loss.item()  # a step waits for the device only here
+            value = loss.item()  # the only synchronisation of a step
             mean = SMOOTHING * mean + (1 - SMOOTHING) * value
             smoothed = mean / (1 - SMOOTHING ** (i + 1))  # the mean began at 0
             if not isfinite(smoothed) or smoothed > DIVERGED * lowest:
@@ -75,8 +75,8 @@ def run_test(
 def find_steepest(steps: list[Step]) -> int:
     """Return the index of the step where the loss falls most steeply over log rate, before its lowest point.
 
-    The slope is that of a line through WINDOW steps on either side, if the line explains STEADY of the variance. The
-    lowest point is that of the smoothed loss. Raises ValueError if there is no such step.
+    The slope is that of a line fitted to WINDOW steps on either side. Lines with R^2 < STEADY are ignored. The lowest
+    point is that of the smoothed loss. Raises ValueError if there is no such step.
     """
     rates, losses, smoothed = np.array(steps).reshape(-1, 3).T
     slopes = {}
@@ -87,6 +87,7 @@ def find_steepest(steps: list[Step]) -> int:
             slopes[i] = slope
     if not slopes:
         raise ValueError(
-            f"--tune: the loss falls steadily at no rate from {LOWEST:g} to {HIGHEST:g}: give a --learning-rate"
+            f"--tune found no learning rate from {LOWEST:g} to {HIGHEST:g} at which the loss falls steadily: "
+            "set --learning-rate"
         )
     return min(slopes, key=slopes.get)

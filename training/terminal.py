@@ -1,7 +1,7 @@
-"""How a program ends: with one line on the terminal and an exit status.
+"""End a program with a message of one line and an exit status.
 
-0: done. 1: it failed, and keeps the results so far. 2: the arguments are refused, and nothing is written. 128 + n: a
-signal n ended it.
+0: done. 1: an error occurred; the results so far are saved. 2: the arguments are not valid, and nothing was written.
+128 + n: signal n ended the program.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from layerwise.schema import RENAMED_FLAGS
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line. It refuses the old name of a flag with the new one."""
+    """An argument parser whose errors are one line. For a flag that was renamed, the message gives the new name."""
 
     def parse_known_args(self, arguments=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
-        """Parse, after refusing flags that were renamed."""
+        """Parse the arguments. Exits for a flag that was renamed."""
         for word in sys.argv[1:] if arguments is None else arguments:
             flag = word.split("=")[0]
             if flag in RENAMED_FLAGS:
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Exit with status 2 and one line, in place of argparse's usage and error."""
-        self.end(2, f"error: {message}")
+        self.exit_with_message(2, f"error: {message}")
 
-    def end(self, status: int, message: str) -> None:
+    def exit_with_message(self, status: int, message: str) -> None:
         """Exit with the message on one line. Characters that cannot be printed are escaped.
 
         With status 2 all processes that torchrun started exit, and only the first prints.
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Stop(BaseException):
-    """SIGINT or SIGTERM. It is raised at once: the epoch in progress is repeated from its start in any case."""
+    """Raised on SIGINT or SIGTERM, at once: an epoch that is not finished is repeated when the run is resumed."""
 
 
 def raise_stop(number: int, frame: object) -> None:
@@ -57,46 +57,46 @@ def raise_stop(number: int, frame: object) -> None:
     raise Stop(number)
 
 
-def catch_signals() -> None:
-    """Turn SIGINT and SIGTERM into Stop, and print characters that the terminal lacks as `?`."""
+def set_up_terminal() -> None:
+    """Turn SIGINT and SIGTERM into Stop, and print characters that the terminal cannot encode as `?`."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, raise_stop)
     sys.stdout.reconfigure(errors="replace")
 
 
 def quote_for_make(path: Path) -> str:
-    """Return the path as an argument RUN=... on a command line, which make passes to a second shell."""
+    """Quote a path for use in make ... RUN=<path>. It is quoted twice, because make passes the value to a shell."""
     return shlex.quote(shlex.quote(str(path))).replace("$", "$$")
 
 
 @dataclass
-class Progress:
-    """What a program prints if it ends early: which results it keeps once it is running, and how to continue."""
+class ExitMessages:
+    """Texts for the exit message of a program that is running: where its results are, and how to continue."""
 
-    kept_results: str
+    results: str
     how_to_continue: str
     running: bool = False
 
 
 @contextmanager
-def report_errors(parser: Parser, progress: Progress) -> Iterator[None]:
-    """Exit with one line for every error: status 2 before the program is running, 1 after it, 128 + n for signal n."""
+def report_errors(parser: Parser, messages: ExitMessages) -> Iterator[None]:
+    """Turn errors into one-line messages. The exit status is 2, if messages.running 1, and 128 + n for signal n."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if not progress.running:
-            processes.leave_group()  # else torchrun would abort the other processes, which refuse as well
-            parser.end(2, f"error: {error}")
-        parser.end(1, f"error: {error}; {progress.kept_results}")
+        if not messages.running:
+            processes.leave_group()  # or torchrun aborts the other processes before they exit with the same error
+            parser.exit_with_message(2, f"error: {error}")
+        parser.exit_with_message(1, f"error: {error}; {messages.results}")
     except RuntimeError as error:
         is_memory = devices.is_out_of_memory(error)
         if not is_memory and not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        reason = error if is_memory else f"process {processes.get_rank()} has lost another process"
-        parser.end(1, f"error: {reason}" + (f"; {progress.kept_results}" if progress.running else ""))
+        reason = error if is_memory else f"process {processes.get_rank()} lost the connection to another process"
+        parser.exit_with_message(1, f"error: {reason}" + (f"; {messages.results}" if messages.running else ""))
     except Stop as stop:
         number = stop.args[0]
-        rest = f"; {progress.kept_results}, {progress.how_to_continue}" if progress.running else " before the run began"
-        parser.end(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
+        rest = f"; {messages.results}; {messages.how_to_continue}" if messages.running else " before the run began"
+        parser.exit_with_message(128 + number, f"stopped by {signal.Signals(number).name}{rest}")
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # last, as this line imports torch._dynamo
-        parser.end(1, f"error: torch.compile failed, run with --no-compile: {error}; {progress.kept_results}")
+        parser.exit_with_message(1, f"error: torch.compile failed, run with --no-compile: {error}; {messages.results}")

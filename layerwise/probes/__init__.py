@@ -1,7 +1,8 @@
-"""Probes: decoders that are trained on frozen encodings. `fit` fits them; Tuned and Thesis say how they are trained."""
+"""Probes: decoders that are trained on frozen encodings. `fit` returns their losses. Tuned and Thesis train them."""
 
 from layerwise.probes.fitting import fit
-from layerwise.probes.task import Streams, Task, make_seed
+from layerwise.probes.task import Task
 from layerwise.probes.training import BATCH_SIZE, RATE, Thesis, Tuned, count_steps
+from layerwise.streams import Streams, make_seed
 
 __all__ = ["BATCH_SIZE", "RATE", "Streams", "Task", "Thesis", "Tuned", "count_steps", "fit", "make_seed"]

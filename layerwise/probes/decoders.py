@@ -1,40 +1,37 @@
-"""What a decoder consists of: its layers, its parameters, and whether it is an MLP or linear."""
+"""Inspect a decoder: list its layers, which are the modules in its Sequentials, and classify it as MLP or linear."""
 
 from itertools import takewhile
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook  # torch has no public way to list global hooks
 
 ELEMENTWISE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
-TORCHVISION_NORM = "torchvision.models.convnext.LayerNorm2d"  # by name: torchvision need not be installed
+TORCHVISION_NORM = "torchvision.models.convnext.LayerNorm2d"  # compared by name: torchvision is not imported
 
 
-def get_type(module: nn.Module) -> type | None:
-    """Return the type of a module that computes what its type computes.
-
-    Return None if a hook or a forward of its own may change that.
-    """
+def get_unmodified_type(module: nn.Module) -> type | None:
+    """Return type(module), or None if a hook or a replaced forward may change what the module computes."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    changed = any(hooks) or "forward" in vars(module) or _has_any_global_hook()
-    return None if changed else type(module)
+    modified = any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    return None if modified else type(module)
 
 
 def list_layers(decoder: nn.Module) -> list[nn.Module]:
-    """Return the layers in the order in which they run, without the Sequentials around them."""
-    if get_type(decoder) is not nn.Sequential:
+    """Return the layers of a decoder in order. Nested Sequentials are flattened."""
+    if get_unmodified_type(decoder) is not nn.Sequential:
         return [decoder]
     return [layer for child in decoder for layer in list_layers(child)]
 
 
 def is_flatten(layer: nn.Module) -> bool:
     """Return whether the layer flattens each sample to a vector."""
-    return get_type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+    return get_unmodified_type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def is_norm(layer: nn.Module) -> bool:
     """Return whether the layer is a norm with a weight and a bias for each feature or channel."""
-    kind = get_type(layer)
+    kind = get_unmodified_type(layer)
     return kind in NORMS or (kind is not None and f"{kind.__module__}.{kind.__qualname__}" == TORCHVISION_NORM)
 
 
@@ -50,30 +47,31 @@ def shares_parameters(decoder: nn.Module) -> bool:
 
 
 def is_mlp(decoder: nn.Sequential) -> bool:
-    """Return whether the decoder is linear layers and elementwise functions one after another, each used once.
+    """Return whether the decoder is a trainable MLP: linear layers and elementwise functions, each used once.
 
-    A layer before the first linear layer that works in place is refused: it would change the encodings of all probes.
+    A Flatten may come first. No layer before the first linear layer may work in place: it would change the encodings of
+    the other probes.
     """
     layers = list_layers(decoder)
     if is_flatten(layers[0]):
         layers = layers[1:]
-    for layer in takewhile(lambda layer: get_type(layer) is not nn.Linear, layers):
+    for layer in takewhile(lambda layer: get_unmodified_type(layer) is not nn.Linear, layers):
         if getattr(layer, "inplace", False):
             return False
     used_once = len(set(layers)) == len(layers) and not shares_parameters(decoder)
-    known = all(get_type(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
+    known = all(get_unmodified_type(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
     return used_once and known and is_trainable(decoder)
 
 
 def is_linear(decoder: nn.Sequential) -> bool:
-    """Return whether the decoder is a trainable linear layer after layers without parameters.
+    """Return whether the decoder is a trainable linear layer after layers without parameters and buffers.
 
-    A norm just before the linear layer is allowed: the linear layer can absorb its weight and bias.
+    A norm directly before the linear layer is allowed: the linear layer can absorb its weight and bias.
     """
     *before, last = list_layers(decoder)
-    if get_type(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
+    if get_unmodified_type(last) is not nn.Linear or not all(p.requires_grad for p in last.parameters()):
         return False
-    while before and get_type(before[-1]) is nn.Flatten:
+    while before and get_unmodified_type(before[-1]) is nn.Flatten:
         before.pop()
     if before and is_norm(before[-1]) and last.bias is not None:
         norm = before.pop()

@@ -1,4 +1,4 @@
-"""Probes that take their steps together. They are independent: each becomes what it would become alone."""
+"""Groups of probes that are trained simultaneously. Each probe gets the weights that it would get alone."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -7,18 +7,18 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # the only common base of all BatchNorms, also of other packages
 
 from layerwise import devices
-from layerwise.probes.encodings import Encoder
+from layerwise.probes.encodings import Source
 
 
 class ProbeGroup:
-    """Probes of one or several splits. The gradients of the sum of their losses are those of each loss alone.
+    """Probes of one or several splits. Their losses are added up, so each has the gradients of its loss.
 
-    probes: {k: the probes of split k}, in order of k. encoders: {k: the encoder of split k}. targets: labelings (J, N).
-    learns: {k: for each probe of split k the row of targets that it learns}. bfloat16: whether steps use bfloat16 where
-    the device has it. Subclasses compute the logits.
+    probes: {k: the probes of split k}, in order of k. sources: {k: the source of the encodings of split k}. targets:
+    the labelings (J, N). learns: {k: the row of targets for each probe of split k}. bfloat16: whether steps use
+    bfloat16 on devices that support it. Subclasses define parameters and compute_logits.
     """
 
     is_stacked = False
@@ -26,13 +26,13 @@ class ProbeGroup:
     def __init__(
         self,
         probes: dict[int, list[nn.Sequential]],
-        encoders: dict[int, Encoder],
+        sources: dict[int, Source],
         targets: Tensor,
         learns: dict[int, list[int]],
         bfloat16: bool = False,
     ):
-        self.probes, self.encoders = probes, encoders
-        self.targets = targets.T.contiguous()  # (N, J): rows are indexed in a tenth of the time of columns
+        self.probes, self.sources = probes, sources
+        self.targets = targets.T.contiguous()  # (N, J): rows are indexed ten times as fast as columns
         self.learns = torch.tensor([j for k in probes for j in learns[k]], device=targets.device)  # (P,)
         self.autocast = choose_autocast(bfloat16, self.modules()[0])
 
@@ -41,7 +41,7 @@ class ProbeGroup:
         return [probe for of_split in self.probes.values() for probe in of_split]
 
     def parameters(self) -> dict[str, list[Tensor]]:
-        """Return {name: the tensors to train under that name}."""
+        """Return {parameter name: trainable tensors}."""
         raise NotImplementedError
 
     def compute_logits(self, encodings: dict[int, Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ class ProbeGroup:
 
     def compute_losses(self, indices: Tensor) -> Tensor:
         """Return the mean cross-entropy of each probe on the samples at indices (B,): (P,), in nats."""
-        encodings = {k: encode(indices) for k, encode in self.encoders.items()}
+        encodings = {k: source(indices) for k, source in self.sources.items()}
         labels = self.targets[indices].T[self.learns]  # (P, B)
         return F.cross_entropy(self.compute_logits(encodings), labels, reduction="none").mean(1)  # of (P, C, B)
 
@@ -58,14 +58,14 @@ class ProbeGroup:
         """Take one step of every probe. Return the losses before it, (P,)."""
         with self.autocast():
             losses = self.compute_losses(indices)
-        if losses.requires_grad:  # if not, the losses do not depend on any parameter
+        if losses.requires_grad:  # False if the losses do not depend on any parameter
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
         return losses.detach()
 
-    def take_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set the statistics of every BatchNorm to their means over the batches, all other layers in eval mode."""
+    def recompute_batchnorm_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Set the statistics of each BatchNorm to their means over the batches. Other layers are in eval mode."""
         norms = [layer for probe in self.modules() for layer in probe.eval().modules() if isinstance(layer, _BatchNorm)]
         if not norms:
             return
@@ -75,11 +75,11 @@ class ProbeGroup:
         with torch.no_grad():
             for i, indices in enumerate(batches, 1):
                 for norm in norms:
-                    norm.momentum = 1 / i  # a mean over batches; momentum=None would wait for the device
+                    norm.momentum = 1 / i  # a cumulative mean; momentum=None would synchronise the device
                 self.compute_losses(indices)
 
     @torch.no_grad()
-    def compute_exact_losses(self, batch_size: int) -> Tensor:
+    def compute_final_losses(self, batch_size: int) -> Tensor:
         """Return the loss of each probe over all samples in eval mode, (P,) float64, in nats."""
         for probe in self.modules():
             probe.eval()
@@ -91,9 +91,9 @@ class ProbeGroup:
 
 
 def choose_autocast(bfloat16: bool, probe: nn.Sequential) -> Callable:
-    """Return the context of a training step: bfloat16 if asked for, for float32 probes on a device that has it."""
+    """Return the autocast context of steps: bfloat16 only for float32 probes on a device that supports it."""
     p = next(probe.parameters(), None)
     if not bfloat16 or p is None or p.dtype != torch.float32 or not devices.has_bfloat16(p.device):
         return nullcontext
-    # without a cache: inside a caller's autocast a cache would return the weights of the first step
+    # inside an autocast of the caller, the cache would return the weights of the first step
     return partial(torch.autocast, p.device.type, torch.bfloat16, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""Linear probes: their loss is convex, and its infimum is computed instead of trained for."""
+"""Linear probes: their loss is convex, and its infimum is computed directly, without training."""
 
 from math import log
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.probes.decoders import is_linear, list_layers
-from layerwise.probes.encodings import Encoder
+from layerwise.probes.encodings import Source
 
-FEATURE_BYTES = 4 * 2**30  # of the features in float64, at most
+FEATURE_BYTES = 4 * 2**30  # largest size of the float64 features
 
 
 def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
@@ -17,29 +17,29 @@ def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
     return is_linear(decoder) and 8 * N * list_layers(decoder)[-1].in_features <= FEATURE_BYTES
 
 
-def fit_linear(decoder: nn.Sequential, encode: Encoder, batches: tuple[Tensor, ...], targets: Tensor) -> list[float]:
-    """Return the least loss of a linear decoder for each of the targets (J, N), in nats.
+def fit_linear(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...], targets: Tensor) -> list[float]:
+    """Return the smallest loss of a linear decoder for each labeling of targets (J, N), in nats.
 
     Raises ValueError for encodings that are not finite.
     """
     *before, last = list_layers(decoder)
     before = nn.Sequential(*before).eval()
     with torch.no_grad():
-        z = torch.cat([before(encode(indices)).double() for indices in batches])  # (N, d)
+        z = torch.cat([before(source(indices)).double() for indices in batches])  # (N, d)
     if not z.isfinite().all():
         raise ValueError("DIB: the encodings of a linear decoder are not finite")
     has_bias = last.bias is not None
     z = whiten(z, has_bias)
-    return [compute_linear_optimum(z, target, last.out_features, has_bias) for target in targets]
+    return [compute_linear_optimum(z, labels, last.out_features, has_bias) for labels in targets]
 
 
 def compute_linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within: float = 1e-4) -> float:
     """Return inf over W and b of the mean cross-entropy of the logits z W + b, in nats. Without a bias, b is 0.
 
-    z: whitened features (N, d), float64. labels: (N,) int64. The problem is convex. L-BFGS runs for a number of
-    iterations, followed by a Newton step, until the loss or half the squared Newton decrement is below `within` nats.
-    The latter estimates how far the loss is above the infimum, and is too low if the infimum is not attained. After
-    1,600 iterations the loss is returned as it is: an upper bound, like the loss of any other probe.
+    z: whitened features (N, d), float64. labels: (N,) int64. Rounds of L-BFGS and one Newton step are repeated until
+    the loss or half the squared Newton decrement is below `within` nats. Half the squared decrement estimates the
+    distance from the infimum; the estimate is too low if the infimum is not attained. The loss after 1,600 iterations
+    is returned in any case: it is an upper bound.
     """
     z = torch.cat([z, z.new_ones(len(z), 1)], dim=1) if bias else z
     if z.shape[1] == 0:  # there are no features
@@ -73,8 +73,8 @@ def compute_linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within
 def compute_newton_step(z: Tensor, labels: Tensor, W: Tensor, products: int = 200) -> tuple[Tensor, float]:
     """Return H^-1 g (d, C) and the squared Newton decrement g^T H^-1 g of the mean cross-entropy of the logits z W.
 
-    g is the gradient and H the Hessian at W. Conjugate gradients solve for H^-1 g. Both results are too small if that
-    takes more products with H than `products`.
+    g is the gradient and H the Hessian at W. Conjugate gradients solve for H^-1 g. products: the largest number of
+    products with H. If it is reached, both results are too small.
     """
     p = (z @ W).softmax(1)  # (N, C)
     g = z.T @ (p - F.one_hot(labels, W.shape[1])) / len(z)  # (d, C)
@@ -95,9 +95,9 @@ def compute_newton_step(z: Tensor, labels: Tensor, W: Tensor, products: int = 20
 def whiten(z: Tensor, centred: bool) -> Tensor:
     """Return an orthogonal basis (N, r) of the columns of z (N, d), of mean square 1. z is float64.
 
-    centred: whether the column means are subtracted first. Each column is scaled to standard deviation 1. Directions
-    below 1e-6 of the largest singular value are left out: they are rounding of float32. Logits that are linear in z are
-    linear in the basis, in which L-BFGS needs a tenth of the iterations.
+    First the columns are centred if `centred`, and scaled to standard deviation 1. Directions below 1e-6 of the largest
+    singular value are rounding of float32 and are left out. Any linear function of z is a linear function of the basis,
+    in which L-BFGS needs a tenth of the iterations.
     """
     z = z - z.mean(0) if centred else z
     spread = z.square().mean(0).sqrt()

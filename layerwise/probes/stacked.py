@@ -1,4 +1,4 @@
-"""Probes that are MLPs, stacked: the weights of all probes in one tensor a layer, and one product for all of them."""
+"""Stacked MLPs: one tensor has the weights of a layer of all probes, and one product computes the layer."""
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +22,26 @@ class StackedProbes(ProbeGroup):
     def compute_logits(self, encodings: dict[int, Tensor]) -> Tensor:
         return compute_stacked_logits(self.probes, self.stacks, encodings)
 
-    def select(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Continue with the probes in these rows, as many of each split, and with their state in the optimizer."""
+    def select_rows(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Remove all probes but those in these rows, the same share of every split, also from the optimizer."""
+        for k, of_split in self.probes.items():
+            self.probes[k] = of_split[: len(of_split) * len(rows) // len(self.learns)]  # only their number is used
         self.learns = self.learns[rows]
-        self.probes = {
-            k: of_split[: len(rows) * len(of_split) // len(self.modules())] for k, of_split in self.probes.items()
-        }
-        selected = {}
+        new = {}
         for name, old in self.stacks.items():
-            own = rows[rows < len(old)]  # the probes that have this layer come first
-            self.stacks[name] = selected[old] = old.detach()[own].requires_grad_(old.requires_grad)
-            if old in optimizer.state:
-                state = optimizer.state.pop(old)
-                optimizer.state[selected[old]] = {
-                    key: value[own] if value.dim() else value for key, value in state.items()
-                }
-        for group in optimizer.param_groups:
-            group["params"] = [selected[old] for old in group["params"]]
+            own = rows[rows < len(old)]  # probes of shallower splits, which have more layers, come first
+            new[old] = old.detach()[own].requires_grad_(old.requires_grad)
+            self.stacks[name] = new[old]
+            for key, value in optimizer.state.pop(old, {}).items():
+                optimizer.state[new[old]][key] = value[own] if value.dim() else value
+        for param_group in optimizer.param_groups:
+            param_group["params"] = [new[old] for old in param_group["params"]]
 
 
 def stack_parameters(probes: list[nn.Sequential]) -> dict[str, Tensor]:
-    """Return {name: the parameters of that name of all probes that have it, (probes, ...)}.
+    """Return {parameter name: the parameters of all probes that have it, (probes, ...)}.
 
-    The first probe, that of the first split, has every name.
+    The first probe is of the first split and has all names.
     """
     owned = [dict(probe.named_parameters()) for probe in probes]
     stacks = {name: torch.stack([own[name].detach() for own in owned if name in own]) for name in owned[0]}
@@ -56,12 +53,12 @@ def compute_stacked_logits(
 ) -> Tensor:
     """Return the logits (P, C, B) of P probes on the encodings {k: (B, ...)}, with one product for each layer.
 
-    params: what stack_parameters returns. The layers run in order from the first split on. The probes of a split enter
-    where their decoder begins, and from there on are computed together with those of the splits before. Samples are
-    the last dimension: a layer is weights (probes, out, in) times activations (probes, in, B).
+    params: as stack_parameters returns them. Before block k, the encodings of split k are appended to the activations
+    of the shallower splits. Samples are the last dimension: a layer multiplies weights (probes, out, in) and
+    activations (probes, in, B).
     """
-    (first, of_first), z = next(iter(probes.items())), None
-    for k, (block_name, block) in enumerate(of_first[0].named_children(), first):
+    first, z = min(probes), None
+    for k, (block_name, block) in enumerate(probes[first][0].named_children(), first):
         if k in encodings:
             entering = encodings[k].flatten(1).T.expand(len(probes[k]), -1, -1)  # (J, d, B)
             z = entering if z is None else torch.cat([z, entering])

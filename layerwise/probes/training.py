@@ -1,8 +1,8 @@
-"""How probes are trained: Tuned looks for the least loss, Thesis is the algorithm as first written."""
+"""How probes are trained. Tuned minimises their loss. Thesis trains them as the network is trained."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from math import ceil
 from typing import ClassVar
 
@@ -14,22 +14,22 @@ from layerwise.probes.decoders import is_mlp
 from layerwise.probes.group import ProbeGroup
 
 BATCH_SIZE = 400  # of tuned probes
-RATE = 0.2  # of tuned probes, relative to the sizes of their parameters
-LEAST_BATCHES = 20  # in an epoch of tuned probes, for sets of any size
+RATE = 0.2  # learning rate of tuned probes, relative to the sizes of their parameters
+LEAST_BATCHES = 20  # smallest number of steps in an epoch of tuned probes
 
 
 def count_steps(epochs: int, N: int) -> int:
-    """Return the number of steps of tuned probes in so many epochs of N samples."""
+    """Return the number of steps of tuned probes for this number of epochs of N samples."""
     return epochs * max(LEAST_BATCHES, ceil(N / BATCH_SIZE))
 
 
 @dataclass(frozen=True)
 class Thesis:
-    """Train probes as the network is trained: one start, running BatchNorm statistics.
+    """Train probes as the network is trained: from one start, with running BatchNorm statistics.
 
-    optimizer: makes an optimizer of a list of parameters. It must act elementwise, as SGD, Adam and AdamW do. epochs:
-    of the samples. bfloat16: whether steps use bfloat16 on CUDA, as those of the network do by default. float16 is not
-    offered: its loss scale would be common to all probes, and so would the steps that it skips.
+    optimizer: returns an optimizer for a list of parameters. Its update must be elementwise, as in SGD, Adam and AdamW.
+    epochs: the number of passes over the samples. bfloat16: whether steps use bfloat16 on CUDA. float16 is not
+    supported, because the probes would share the loss scale and the skipped steps.
     """
 
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -44,38 +44,38 @@ class Thesis:
             raise ValueError(f"DIB: epochs must be at least 1, got {self.epochs}")
 
     def count_starts(self, decoder: nn.Sequential) -> int:
-        """Return from how many initial weights each probe is trained."""
+        """Return the number of starts: initial weights from which each probe is trained."""
         return 1
 
     def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
-        """Train the probes, and return their losses over all samples, (P,) float64, in nats."""
+        """Train the probes. Return their losses over all samples, (P,) float64, in nats."""
         optimizer = self.optimizer([p for params in group.parameters().values() for p in params])
         for probe in group.modules():
             probe.train()
         N = len(group.targets)
-        batches = shuffle(N, batch_size, generator, group.targets.device)
+        batches = iterate_batches(N, batch_size, generator, group.targets.device)
         for _ in show_bar(self.epochs * ceil(N / batch_size)):
             group.step(optimizer, next(batches))
-        return group.compute_exact_losses(batch_size)
+        return group.compute_final_losses(batch_size)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Train probes to the least loss, in the same way for every architecture.
+    """Train probes to a loss as low as possible, with the same settings for all architectures.
 
-    Adam has a rate for each parameter, relative to its size (compute_parameter_sizes). MLPs, which may start with dead
-    units or get stuck, are trained from several starts; those of the highest training losses are dropped on the way.
-    Inputs are standardised. BatchNorm statistics are taken again for the final weights. Linear probes are not
-    trained: their optimum is computed.
+    Adam has a learning rate for each parameter, relative to its size (compute_parameter_sizes). MLPs are trained from
+    several starts, because some starts have dead units. The starts with the highest losses are removed during training.
+    Encodings are standardised. BatchNorm statistics are recomputed with the final weights. The optimum of linear probes
+    is computed.
     """
 
     steps: int = 600
     rate: float = RATE
 
-    STARTS: ClassVar = ((8, 0.1), (4, 0.1), (2, 0.2), (1, 0.6))  # (number of starts, share of the steps)
-    BETAS: ClassVar = (0.8, 0.95)  # of Adam; lower than usual, for few steps
-    WARMUP: ClassVar = 0.1  # the share of the steps in which the rates grow
-    DECAY: ClassVar = 0.3  # the share of the steps beyond the first 100 in which the rates fall to 0
+    STARTS: ClassVar = ((8, 0.1), (4, 0.2), (2, 0.4), (1, 1.0))  # (number of starts, until this share of the steps)
+    BETAS: ClassVar = (0.8, 0.95)  # of Adam; lower than the defaults, because there are few steps
+    WARMUP: ClassVar = 0.1  # the rates grow in the first WARMUP * steps
+    DECAY: ClassVar = 0.3  # the rates fall to 0 in the last DECAY * (steps - 100)
 
     standardises: ClassVar = True
     solves_linear: ClassVar = True
@@ -86,46 +86,49 @@ class Tuned:
             raise ValueError(f"DIB: steps must be at least 1, got {self.steps}")
 
     def count_starts(self, decoder: nn.Sequential) -> int:
-        """Return from how many initial weights each probe is trained."""
+        """Return the number of starts: initial weights from which each probe is trained."""
         return self.STARTS[0][0] if is_mlp(decoder) else 1
 
     def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
-        """Train the probes, and return their losses over all samples, (P,) float64, in nats.
+        """Train the probes. Return their losses over all samples, (P,) float64, in nats.
 
-        sizes: of the parameters by name. The starts of a probe stand one after another in the group.
+        sizes: {parameter name: size}. The starts of a probe are adjacent in the group.
         """
         rates = {name: self.rate * sizes[name] for name in group.parameters()}
         param_groups = [{"params": params, "lr": rates[name]} for name, params in group.parameters().items()]
         optimizer = torch.optim.Adam(param_groups, betas=self.BETAS, fused=True)
         for probe in group.modules():
             probe.train()
-        N = len(group.targets)
-        batches = shuffle(N, batch_size, generator, group.targets.device)
-        phases = self.STARTS if group.is_stacked else ((1, 1.0),)
-        ends = [round(self.steps * share) for share in accumulate(share for _, share in phases)]
-        phase, running = 0, torch.zeros(len(group.learns), device=group.targets.device)
+        N, device = len(group.targets), group.targets.device
+        batches = iterate_batches(N, batch_size, generator, device)
+        starts = self.STARTS[0][0]
+        running = torch.zeros(len(group.learns), device=device)
         for i in show_bar(self.steps):
-            while i == ends[phase]:
-                phase += 1
-                group.select(find_best_starts(running, phases[phase - 1][0], phases[phase][0]), optimizer)
-                running = torch.zeros_like(group.learns, dtype=running.dtype)
+            count = self.count_starts_in_step(i)
+            if group.is_stacked and count < starts:
+                group.select_rows(find_best_starts(running, starts, count), optimizer)
+                starts, running = count, torch.zeros_like(group.learns, dtype=running.dtype)
             for param_group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 param_group["lr"] = rate * self.compute_rate_factor(i)
             running = 0.9 * running + group.step(optimizer, next(batches))
-        one_pass = islice(shuffle(N, batch_size, generator, group.targets.device), ceil(N / batch_size))
-        group.take_statistics(one_pass)
-        return group.compute_exact_losses(batch_size)
+        one_pass = islice(iterate_batches(N, batch_size, generator, device), ceil(N / batch_size))
+        group.recompute_batchnorm_statistics(one_pass)
+        return group.compute_final_losses(batch_size)
+
+    def count_starts_in_step(self, i: int) -> int:
+        """Return the number of starts of each MLP that are trained in step i."""
+        return next(starts for starts, share in self.STARTS if i < round(self.steps * share))
 
     def compute_rate_factor(self, i: int) -> float:
-        """Return the factor of the rates in step i."""
+        """Return the factor of the learning rates in step i."""
         warmup, decay = self.WARMUP * self.steps, self.DECAY * (self.steps - 100)
         return min(1.0, (i + 1) / warmup, (self.steps - i) / decay if decay > 1 else 1.0)
 
 
-def shuffle(N: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Yield batches of the indices 0 .. N-1 without end, in a new order in each pass.
+def iterate_batches(N: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    """Yield batches of the indices 0 .. N - 1 indefinitely, in a new random order in each pass.
 
-    The batches of a pass differ in size by 1 at most: BatchNorm cannot train on a last batch of one sample.
+    The sizes of the batches differ by at most 1, because BatchNorm cannot train on a last batch of one sample.
     """
     while True:
         order = torch.randperm(N, generator=generator).to(device, non_blocking=True)
@@ -138,17 +141,17 @@ def show_bar(steps: int) -> Iterable[int]:
 
 
 def find_best_starts(losses: Tensor, starts: int, count: int) -> Tensor:
-    """Return the rows of the `count` starts of least loss of each probe, from the losses (probes * starts,)."""
+    """Return the rows of the `count` starts with the lowest loss of each probe. losses: (probes * starts,)."""
     order = losses.view(-1, starts).argsort(dim=1, stable=True)[:, :count]  # (probes, count)
     return (order + starts * torch.arange(len(order), device=losses.device)[:, None]).flatten()
 
 
 def compute_parameter_sizes(model: nn.Module) -> dict[str, float]:
-    """Return {name: size}, to which the rate of a parameter is relative, from a model as constructed.
+    """Return {name: size} of the parameters of a newly initialised model. Learning rates are relative to the sizes.
 
-    The size is the root mean square of the parameters of the same module that were drawn at random. If none was (the
-    ones and zeros of a norm), it is that of all parameters of the module, at most 0.1. It is at least 0.01. One step
-    moves all weights of a unit, so beyond 256 inputs of a unit the size decreases.
+    The size is the root mean square of the randomly initialised parameters of the same module. If it has none, as a
+    norm of ones and zeros, the size is that of all its parameters, but at most 0.1. It is at least 0.01. The size
+    decreases beyond 256 inputs of a unit, because one step changes all its weights.
     """
     sizes = {}
     for prefix, module in model.named_modules(remove_duplicate=False):  # under each of its names
