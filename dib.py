@@ -24,7 +24,7 @@ that is trained on E(x) (layerwise/probes). Its `loss` is the mean cross-entropy
 
 1 and 2 hold only if the frozen parameters of the decoder have the same values in the model and after make_model().
 
-analysis/tables.py computes information from these numbers.
+analysis/statistics.py computes information from these numbers.
 """
 
 from collections.abc import Callable, Iterable, Iterator

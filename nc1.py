@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerwise import checks, devices, processes
-from layerwise.activations import Recorder, count_chunk_rows, make_forward
+from layerwise.activations import ActivationRecorder, count_chunk_rows, make_forward
 from layerwise.modes import set_eval_mode
 from layerwise.samples import Samples
 
@@ -100,8 +100,9 @@ class ClassMeans:
 
     def compute(self) -> Tensor:
         """Return mu_c minus the origin, (C, d) float64, over all processes. Not finite if an activation is not."""
-        processes.all_reduce_sum(self.sums)
-        return self.sums / self.counts[:, None]
+        sums = self.sums.clone()  # the sums of this process stay, so that compute can be called again
+        processes.all_reduce_sum(sums)
+        return sums.div_(self.counts[:, None])
 
 
 class Scatter:
@@ -124,9 +125,9 @@ class Scatter:
 
     def compute(self) -> Collapse:
         """Return NC1 over all processes."""
-        processes.all_reduce_sum(self.total)
-        r = len(self.P)
-        nc1 = self.C / self.N * self.total.item() if r else float("nan")
+        total, r = self.total.clone(), len(self.P)
+        processes.all_reduce_sum(total)
+        nc1 = self.C / self.N * total.item() if r else float("nan")
         return Collapse(self.d, r, nc1, self.kept, self.dropped)
 
 
@@ -167,30 +168,28 @@ def measure(
     if not layers:
         return {}
     with set_eval_mode(model), torch.autocast(labels.device.type, enabled=False):
-        recorder = Recorder(make_forward(model), layers, checks.read_trial_inputs(samples, labels, "NC1"))
+        recorder = ActivationRecorder(make_forward(model), layers, checks.read_trial_inputs(samples, labels, "NC1"))
         recorder.choose_cached(len(labels), cache_bytes)
         found = run_passes(recorder, samples, labels, num_classes, batch_size)
     return {name: found[name] for name in layers}
 
 
 def run_passes(
-    recorder: Recorder, samples: Samples, labels: Tensor, num_classes: int, batch_size: int
+    recorder: ActivationRecorder, samples: Samples, labels: Tensor, num_classes: int, batch_size: int
 ) -> dict[str, Collapse]:
     """Return {name: NC1} by depth: add all activations to the class means, then to the scatter."""
     counts = torch.bincount(labels, minlength=num_classes)
     class_means = {name: ClassMeans(first, counts) for name, first in recorder.first.items()}
-    for name, h, y in recorder.iterate(iterate_batches(samples, labels, batch_size, "NC1 class means")):
-        class_means[name].update(h, y.to(h.device))
-        del h  # its memory is free for the next forward pass
+    batches = iterate_batches(samples, labels, batch_size, "NC1 class means")
+    recorder.run_pass(batches, lambda name, h, y: class_means[name].update(h, y))
     scatter = {}
     for name in recorder.layers:  # the first layer that is not finite is reported: the deeper ones follow from it
         means = class_means[name].compute()
         if not means.isfinite().all():
             raise ValueError(f"NC1: the activations of layer {name!r} are not finite")
         scatter[name] = Scatter(class_means.pop(name), means)  # pop: the memory of the sums is free again
-    for name, h, y in recorder.iterate(iterate_batches(samples, labels, batch_size, "NC1 distances")):
-        scatter[name].update(h, y.to(h.device))
-        del h  # its memory is free for the next forward pass
+    batches = iterate_batches(samples, labels, batch_size, "NC1 distances")
+    recorder.run_pass(batches, lambda name, h, y: scatter[name].update(h, y))
     return {name: of_layer.compute() for name, of_layer in scatter.items()}
 
 

@@ -82,7 +82,7 @@ def prepare_forward(run: Run) -> Iterator[nn.Module]:
     """
     forward, recompile_limit = run.model, nullcontext()
     if run.config.compile:
-        torch._dynamo.reset()  # start counting recompilations at 0
+        torch.compiler.reset()  # start counting recompilations at 0
         recompile_limit = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # not run uncompiled
         forward = torch.compile(forward, dynamic=False)
     if processes.get_world_size() > 1:

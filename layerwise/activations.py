@@ -10,11 +10,11 @@ from torch.func import functional_call
 from layerwise import checks
 from layerwise.probes.decoders import ELEMENTWISE
 
-# Networks that consist of MLP_LAYERS only and have at most SMALL parameters run in float64. In float32, rounding errors
+# Networks of FLOAT64_LAYERS only, with at most SMALL parameters, run in float64. In float32, rounding errors
 # change the rank of the class means of deep saturated layers. NC1 then changes by orders of magnitude. float64 takes
 # 1.5 to 2.2 times as long: at this size 0.1 s instead of 0.05 s for 7,000 samples on a core.
 SMALL = 200_000
-MLP_LAYERS = (nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, *ELEMENTWISE)
+FLOAT64_LAYERS = (nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, *ELEMENTWISE)
 
 # Bytes of activations that are converted to float64 at a time. Larger chunks were slower on a CPU. On CUDA, a chunk of
 # 8 MiB takes less time than a kernel launch (an estimate), so larger chunks are used.
@@ -24,9 +24,9 @@ Batches = list[tuple[Tensor, Tensor]]  # activations h (B, d) and classes y (B,)
 
 
 def make_forward(model: nn.Module) -> Callable[[Tensor], object]:
-    """Return the model. For a small MLP, return a function that runs it with its parameters in float64."""
+    """Return the model, or a function that runs it in float64 if it is small and has FLOAT64_LAYERS only."""
     for m in model.modules():
-        if type(m) not in MLP_LAYERS or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
+        if type(m) not in FLOAT64_LAYERS or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
             return model
     params = dict(model.named_parameters())
     is_small = 0 < sum(p.numel() for p in params.values()) <= SMALL
@@ -36,12 +36,12 @@ def make_forward(model: nn.Module) -> Callable[[Tensor], object]:
     return lambda x: functional_call(model, params, (x.double(),))
 
 
-class Recorder:
+class ActivationRecorder:
     """Record the outputs of layers {name: module} for all batches.
 
     run: runs the model on inputs (B, ...). x: the inputs of a few samples, on which the model is run three times to
-    find the order of the layers and the outputs that have to be copied. Copying all outputs would take a tenth of the
-    time of a pass. Raises ValueError for outputs that depend on the other samples or change from call to call.
+    find the order of the layers and the outputs that a later layer overwrites. Raises ValueError for outputs that
+    depend on the other samples or change from call to call.
 
     Attributes:
         layers: by depth, which is the order of the calls.
@@ -49,16 +49,19 @@ class Recorder:
     """
 
     def __init__(self, run: Callable, layers: dict[str, nn.Module], x: Tensor):
-        outputs = record_outputs(run, layers, set(layers), x.clone())
-        of_some = record_outputs(run, layers, set(layers), x[::2].clone())
+        outputs: dict[str, Tensor] = {}
+        of_some: dict[str, Tensor] = {}
+        not_copied: dict[str, Tensor] = {}
+        run_hooked(run, layers, x.clone(), lambda name, h: outputs.update({name: h.clone()}))
+        run_hooked(run, layers, x[::2].clone(), lambda name, h: of_some.update({name: h.clone()}))
         given = x.clone()
-        not_copied = record_outputs(run, layers, set(), given)
+        run_hooked(run, layers, given, lambda name, h: not_copied.update({name: h}))
         for name, h in outputs.items():
             checks.validate_independence(f"NC1: layer {name!r}", h[::2], of_some[name])
         self.run = run if torch.equal(given, x) else lambda x: run(x.clone())  # the model changes its inputs
         self.layers = {name: layers[name] for name in outputs}
         self.first = {name: h[:1] for name, h in outputs.items()}
-        self.copied = {name for name, h in outputs.items() if not torch.equal(h, not_copied[name])}
+        self.overwritten = {name for name, h in outputs.items() if not torch.equal(h, not_copied[name])}
         self.cached: dict[str, Batches] = {}
 
     def choose_cached(self, N: int, cache_bytes: int) -> None:
@@ -70,24 +73,27 @@ class Recorder:
             self.cached[name] = []
             cache_bytes -= needed
 
-    def iterate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (name, h (B, d), y (B,)) for every layer and batch, with the batches of each layer in order.
+    def run_pass(self, batches: Iterator[tuple[Tensor, Tensor]], update: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Call update(name, h (B, d), y (B,)) for every layer and batch, with the batches of each layer in order.
 
-        The model runs on the batches (x, y), up to the last layer that is not cached yet. y is on the device of x.
+        The model runs on the batches (x, y), up to the last layer that is not cached yet. Each output is passed on
+        while the model runs. An iterator would hold the outputs of all layers until the forward pass ends.
         """
         layers = {name: layer for name, layer in self.layers.items() if not self.cached.get(name)}
         if layers:
             *_, last = layers
             for x, y in batches:
-                outputs = record_outputs(self.run, layers, self.copied, x, last)
-                for name in list(outputs):
+
+                def handle(name: str, h: Tensor, y: Tensor = y) -> None:
                     if name in self.cached:
-                        self.cached[name].append((outputs.pop(name), y))
-                    else:  # popped, so that no reference remains here after the caller has deleted its own
-                        yield name, outputs.pop(name), y
+                        self.cached[name].append((h.clone() if name in self.overwritten else h, y.to(h.device)))
+                    else:
+                        update(name, h, y.to(h.device))
+
+                run_hooked(self.run, layers, x, handle, last)
         for name, cached in self.cached.items():
             for h, y in join_batches(cached):
-                yield name, h, y
+                update(name, h, y)
 
 
 class _EndOfForwardPass(BaseException):
@@ -95,22 +101,24 @@ class _EndOfForwardPass(BaseException):
 
 
 @torch.no_grad()
-def record_outputs(
-    run: Callable, layers: dict[str, nn.Module], copied: set[str], x: Tensor, end_at: str | None = None
-) -> dict[str, Tensor]:
-    """Run the model on inputs x (B, ...), and return {name: output (B, d)} in the order in which layers are called.
+def run_hooked(
+    run: Callable,
+    layers: dict[str, nn.Module],
+    x: Tensor,
+    handle: Callable[[str, Tensor], None],
+    end_at: str | None = None,
+) -> None:
+    """Run the model on inputs x (B, ...), and call handle(name, output (B, d)) when a layer is called.
 
-    copied: the layers whose output a later layer overwrites in place. end_at: the layer at which the forward pass ends.
-    Raises ValueError for a layer that is not called exactly once, or whose output is not (B, ...).
+    end_at: the layer at which the forward pass ends. Raises ValueError for a layer that is not called exactly once, or
+    whose output is not (B, ...).
     """
-    outputs: dict[str, Tensor] = {}
     calls: list[str] = []
 
     def make_hook(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             calls.append(name)
-            h = flatten_output(name, output, len(x))
-            outputs[name] = h.clone() if name in copied else h
+            handle(name, flatten_output(name, output, len(x)))
             if name == end_at:
                 raise _EndOfForwardPass
 
@@ -121,13 +129,12 @@ def record_outputs(
         with suppress(_EndOfForwardPass):
             run(x)
     finally:
-        for handle in handles:
-            handle.remove()
+        for each in handles:
+            each.remove()
     for name in layers:
         count = calls.count(name)
         if count != 1:
             raise ValueError(f"NC1: layer {name!r} is called {count} times in a forward pass, expected once")
-    return outputs
 
 
 def flatten_output(name: str, output: object, B: int) -> Tensor:

@@ -63,7 +63,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        warn_once(f"the file system of {path.parent} cannot flush folders: a power failure may lose the last epoch")
+        warn_once(
+            f"the file system of {path.parent} cannot flush folders: a power failure may lose what was written last"
+        )
     finally:
         os.close(folder)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from layerwise.devices import is_out_of_memory
+
 READ_BATCH_SIZE = 256  # samples per read of a Dataset
 
 
@@ -98,7 +100,7 @@ def read_all(source: Dataset | DataLoader, device: torch.device | str = "cpu") -
             raise ValueError("there are no samples to read")
         inputs, labels = (torch.cat(parts) for parts in zip(*read, strict=True))
     except (TypeError, RuntimeError) as error:  # from the loader, which stacks samples, or from an allocation
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise ValueError(f"the samples do not fit in the memory of {device}, after {len(read)} batches") from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -14,7 +14,7 @@ COLUMNS = {
 # The table of a learning-rate range test. `chosen` is 1 in the row of the selected learning rate, else 0.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
 # The table of `make convergence`: the probes of the last epoch. `factor` multiplies the number of their steps.
-CONVERGENCE = "factor,steps,set,split,permutation,labeling,entropy,loss,upper"
+CONVERGENCE = "factor,steps," + COLUMNS["dib.csv"].removeprefix("epoch,")
 
 # A probe is known suboptimal if loss - upper > SUBOPTIMAL. In nats; it is 0.001 bits.
 SUBOPTIMAL = 1e-3 * log(2)
@@ -24,8 +24,8 @@ MAY_CHANGE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "
 # Flags whose default depends on the device. `chosen` lists those that were not given: --resume chooses them again.
 DEVICE_DEFAULTS = ("compile", "device", "precision")
 
-# Names of version 1, mapped to the present names. Its CSV files can be read. Its flags and make targets raise an error
-# that gives the new name.
+# Names before version 0.1.0, mapped to the present names. CSV files of that time can be read. Flags and make targets of
+# that time are refused with the new name.
 RENAMED_FLAGS = {"--heads": "--probes"}
 RENAMED_TARGETS = {"settle": "convergence"}
 RENAMED_FILES = {"settle.csv": "convergence.csv"}

@@ -1,5 +1,6 @@
 """The flags of train.py: options of torch's optimizers, schedules, recipes, measured epochs, and a resumed run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from layerwise import schema
 from tests.toys import QUICK, SMALL, assert_same_run, refusal
 from tools import sweep
 from training import checkpoint, configuration, optimizers, setup
-from training.flags import Config
+from training.flags import Config, make_parser
 from training.recipes import RECIPES
 
 SHORT = [*QUICK, "--no-dib", "--no-nc1"]
@@ -325,3 +326,8 @@ def test_the_old_name_of_a_flag_is_refused_with_the_new_one(capsys, main, words,
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{old} is now {new}" in line
+
+
+def test_every_flag_is_a_field_of_config():
+    flags = {action.dest for action in make_parser()._actions} - {"help"}
+    assert flags <= {field.name for field in dataclasses.fields(Config)}

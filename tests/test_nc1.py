@@ -1,13 +1,17 @@
 import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+import dib
 import models
 import nc1
-from layerwise import activations, devices
+from layerwise import activations, devices, processes
+from layerwise.activations import ActivationRecorder
 from layerwise.samples import Samples
+from layerwise.schema import COLUMNS
 from tests.toys import make_clusters
 from tools.references import compute_dense_nc1
 
@@ -526,3 +530,36 @@ def test_the_mode_of_autograd_has_no_effect_and_stays_as_it_was(network, mode):
             assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     model(samples.inputs).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_output_is_released_before_the_next_layer_is_called():
+    """With nothing cached, a pass holds one output at a time, however many layers it records."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).eval()
+    samples = make_clusters(60, 6, 3)
+    recorder = ActivationRecorder(model, {str(i): layer for i, layer in enumerate(model)}, samples.inputs[:8])
+    seen: list[weakref.ref] = []
+
+    def update(name: str, h: torch.Tensor, y: torch.Tensor) -> None:
+        assert all(ref() is None for ref in seen)
+        seen.append(weakref.ref(h))
+
+    recorder.run_pass(iter([(samples.inputs, samples.labels)] * 2), update)
+    assert len(seen) == 8
+
+
+def test_accumulators_can_be_computed_again(monkeypatch):
+    """As with two processes that have the same samples: a sum over processes must not change the own sum."""
+    monkeypatch.setattr(processes, "all_reduce_sum", lambda *tensors: [tensor.mul_(2) for tensor in tensors])
+    samples, counts = make_clusters(60, 6, 3), torch.tensor([20, 20, 20])
+    class_means = nc1.ClassMeans(samples.inputs[:1], counts)
+    class_means.update(samples.inputs, samples.labels)
+    means = class_means.compute()
+    assert torch.equal(class_means.compute(), means)
+    scatter = nc1.Scatter(class_means, means)
+    scatter.update(samples.inputs, samples.labels)
+    assert scatter.compute() == scatter.compute()
+
+
+def test_the_fields_are_the_columns_of_the_table():
+    assert list(nc1.Collapse._fields) == COLUMNS["nc1.csv"].split(",")[3:]
+    assert list(dib.ProbeResult._fields) == COLUMNS["dib.csv"].split(",")[3:]

@@ -65,6 +65,8 @@ def installed(tmp_path_factory) -> Path:
 def test_the_wheel_installs_four_names(installed):
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"nc1.py", "dib.py", "relabel.py", "layerwise"}
+    modules = {path.relative_to(ROOT) for path in (ROOT / "layerwise").rglob("*.py")}
+    assert {path.relative_to(installed) for path in (installed / "layerwise").rglob("*.py")} == modules
     (metadata,) = installed.glob("*.dist-info/METADATA")
     needed = re.findall(r"^Requires-Dist: (\w+)", metadata.read_text(), re.MULTILINE)
     assert sorted(needed) == ["numpy", "torch", "tqdm"]

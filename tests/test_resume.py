@@ -457,3 +457,12 @@ def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_precision(cuda, None) == "bfloat16"
     assert choose_precision(torch.device("cpu"), "float16") == "float16"
+
+
+def test_a_new_run_removes_the_convergence_of_an_old_one(tmp_path):
+    """Under its old name as well: it would be drawn as that of the new run."""
+    names = [*schema.RENAMED_FILES, *schema.RENAMED_FILES.values()]
+    for name in names:
+        (tmp_path / name).write_text("of before")
+    train.main([*QUICK, "--no-dib", "--run-dir", str(tmp_path)])
+    assert not any((tmp_path / name).exists() for name in names)

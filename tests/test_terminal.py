@@ -107,7 +107,7 @@ def test_a_file_system_without_locks_or_flushes_is_used_with_a_warning(tmp_path,
     assert_same_run(tmp_path / "whole", run)
     assert capsys.readouterr().err.splitlines() == [
         f"the file system of {run} has no locks: do not start a second run in this folder",
-        f"the file system of {run} cannot flush folders: a power failure may lose the last epoch",
+        f"the file system of {run} cannot flush folders: a power failure may lose what was written last",
     ]
     monkeypatch.setattr(fcntl, "flock", flock)
     with runs.lock(run), pytest.raises(ValueError, match=str(run)), runs.lock(run):

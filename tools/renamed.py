@@ -9,7 +9,7 @@ def main(target: str) -> None:
     if target in RENAMED_TARGETS:
         print(f"make {target} is now make {RENAMED_TARGETS[target]}", file=sys.stderr)
     else:
-        print(f"there is no target {target}: make help lists the targets", file=sys.stderr)
+        print(f"{target} is neither a target nor a file: make help lists the targets", file=sys.stderr)
     sys.exit(2)
 
 

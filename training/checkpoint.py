@@ -15,7 +15,7 @@ from zlib import crc32
 import torch
 
 from layerwise import runs
-from layerwise.schema import COLUMNS, DEVICE_DEFAULTS, LR_RANGE, MAY_CHANGE, RENAMED_HPARAMS
+from layerwise.schema import COLUMNS, DEVICE_DEFAULTS, LR_RANGE, MAY_CHANGE, RENAMED_FILES, RENAMED_HPARAMS
 from layerwise.streams import restore_random_states, take_random_states
 
 BEGUN = -1  # the epoch in a run's first checkpoint, which is written before epoch 0 is measured
@@ -27,7 +27,7 @@ def create_run_files(folder: Path, hparams: dict, device: torch.device, parts: d
     tried: the rows of lr_range.csv, empty without a range test. Raises ValueError if the folder cannot be written.
     """
     try:
-        for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv"):
+        for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv", *RENAMED_FILES):
             (folder / name).unlink(missing_ok=True)
         if tried:
             lines = [LR_RANGE, *(",".join(map(str, row)) for row in tried)]
@@ -38,8 +38,7 @@ def create_run_files(folder: Path, hparams: dict, device: torch.device, parts: d
         runs.write_hparams(folder, hparams)
     except OSError as error:
         for name in (*COLUMNS, "checkpoint.pt", "hparams.json", "lr_range.csv"):
-            for path in (folder / name, folder / f"{name}.tmp"):
-                path.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # the folder may hold other files
             folder.rmdir()
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
@@ -106,13 +105,14 @@ def read_hparams(folder: Path) -> dict:
 
 
 def refuse_earlier_version(folder: Path) -> None:
-    """Raise ValueError if hparams.json has flags under their old names."""
-    if not (folder / "hparams.json").exists():
+    """Raise ValueError if hparams.json has old names. A file that cannot be read is left to the caller."""
+    try:
+        old = sorted(set(RENAMED_HPARAMS) & set(read_hparams(folder)))
+    except ValueError:
         return
-    old = sorted(set(RENAMED_HPARAMS) & set(read_hparams(folder)))
     if old:
         raise ValueError(
-            f"{folder} holds a run of an earlier version (--{old[0]} is now --{RENAMED_HPARAMS[old[0]]}): it can be "
+            f"{folder} holds a run of an earlier version ({old[0]} is now {RENAMED_HPARAMS[old[0]]}): it can be "
             "plotted, but not continued"
         )
 

@@ -79,7 +79,7 @@ def make_group(
     learns = {k: [] for k in sources}
     for k, j in members:
         for start in range(probes.count_starts(task.reference[k:])):
-            made[k].append(task.make_probe(k, "head", j, start))
+            made[k].append(task.make_probe(k, "head", j, start))  # "head" is part of the seed
             learns[k].append(j)
     group_type = StackedProbes if kind == "mlp" else SeparateProbes
     return group_type(made, sources, task.targets, learns, probes.bfloat16)
