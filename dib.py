@@ -17,8 +17,8 @@ H_V cannot be computed exactly. The loss of any decoder is an upper bound on it.
 that is trained on E(x) (layerwise/probes). Its `loss` is the mean cross-entropy over all samples after training.
 `upper` is the smallest known upper bound on H_V, the minimum of the loss of the probe and
 
-1. `upper` of a deeper split k': the layers model[k:k'], with their current weights, followed by any decoder of split k'
-   are in V_k.
+1. `upper` of a deeper split k': the function of model[k:k'], with its current weights, and then any decoder of split k'
+   is in V_k.
 2. The loss of the network, for the original labels.
 3. The loss of the best constant logits, if the last layer is linear: H(t) if that layer has a bias, log C if not.
 
@@ -110,15 +110,15 @@ def measure_splits(
             device. The initial weights then differ from those on a CPU. Probes of half precision are converted to
             float32.
         probes: how probes are trained. By default Tuned(count_steps(30, len(samples))).
-        labelings: the number of enumerations of the samples of each class. The first is in data order, the others are
+        labelings: number of enumerations per class (each is D labelings). The first is in data order, the others are
             in random orders.
-        seed, epoch: seed the random numbers. The enumerations depend on seed only. The initial weights also depend on k
-            and on the labeling. Batches are the same for all probes.
+        seed, epoch: seed the random numbers. The enumerations depend on seed only. The initial weights depend on both,
+            on k and on the labeling. Batches are the same for all probes.
         batch_size: the number of samples in a training step and in an evaluation batch.
         cache_bytes: the number of bytes of encodings that are cached. If the encodings of a split do not fit, they are
             computed again in every step.
 
-    On CUDA, training steps use bfloat16 if the GPU supports it. With torchrun, every process must call this function.
+    On CUDA, Tuned uses bfloat16 if the GPU supports it. With torchrun, every process must call this function.
     The processes share the probes. A decoder without trainable parameters is not trained. The model, the modes of its
     modules, gradients and torch's random states are not changed. autocast, no_grad and inference_mode around the call
     have no effect.
@@ -228,7 +228,7 @@ def compute_upper(
     losses: of the probes, a list for each split. entropies: of the labelings. network_loss: for the original labels,
     which are the first labeling.
     """
-    uppers, deeper = {}, None  # deeper: the split before, which is the next deeper one
+    uppers, deeper = {}, None  # deeper: the next deeper split
     for k, of_split in zip(reversed(task.splits), reversed(losses), strict=True):
         decoder = task.reference[k:]
         bounds = [of_split, [compute_constant_loss(decoder, entropy) for entropy in entropies]]
@@ -272,7 +272,7 @@ def shares_any_parameter(first: nn.Module, second: nn.Module) -> bool:
 
 @torch.no_grad()
 def compute_network_loss(task: Task, labels: Tensor, batch_size: int) -> float:
-    """Return the mean cross-entropy of the model over all processes, in nats.
+    """Return the mean cross-entropy of the model over all samples, in nats.
 
     Raises ValueError if the encodings of a split or the outputs are not finite.
     """

@@ -60,7 +60,7 @@ def collapse(h: Tensor, y: Tensor, num_classes: int) -> Collapse:
 def compute_projection(
     means: Tensor, counts: Tensor, eps: float, origin: Tensor | None = None
 ) -> tuple[Tensor, float, float]:
-    """Return (P, kept, dropped). P = S^-1 U^T (r, d) has the r singular values of M = U S V^T that count.
+    """Return (P, kept, dropped). P = S^-1 U^T (r, d), of the r singular values of M = U S V^T that count.
 
     means: the class means (C, d) minus origin, float64. counts: n_c (C,), float64. eps: machine epsilon of the dtype of
     the activations. A singular value counts if it exceeds RANK_TOLERANCE eps times the largest, and sqrt(C) eps times
@@ -82,7 +82,7 @@ def compute_projection(
 class ClassMeans:
     """Accumulate the class means of the activations of a layer.
 
-    first: the activation of one sample, (1, d), which is broadcast from the first process. counts: n_c (C,).
+    first: the activation of one sample, (1, d); in float64 that of the first process. counts: n_c (C,).
     """
 
     def __init__(self, first: Tensor, counts: Tensor):

@@ -83,7 +83,7 @@ def prepare_forward(run: Run) -> Iterator[nn.Module]:
     forward, recompile_limit = run.model, nullcontext()
     if run.config.compile:
         torch.compiler.reset()  # start counting recompilations at 0
-        recompile_limit = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # not run uncompiled
+        recompile_limit = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # no eager fallback
         forward = torch.compile(forward, dynamic=False)
     if processes.get_world_size() > 1:
         # DistributedDataParallel wraps the compiled model, whose graph then breaks at each bucket of gradients. If

@@ -288,7 +288,8 @@ def draw_quantities(fig: Figure, groups: list[Group], name: str, across: str) ->
             means = average_over_seeds(table, keys, quantity)
             draw_layer_curves(pair, means, group, table["seed"].nunique(), across)
             style.widen_axis(pair[0], "y")
-            if (table[quantity] < 0).any():  # negative values occur only for decoders that cannot output constants
+            # negative values occur only for decoders that cannot output class frequencies
+            if (table[quantity] < 0).any():
                 for axis in pair:
                     style.draw_zero_line(axis)
             by_loss = average_over_seeds(table, keys, f"{quantity}_by_loss")["mean"]

@@ -55,7 +55,7 @@ KINDS = {
         title="Loss and accuracy",
         caption=(
             "Loss and accuracy on both sets. The curves show when the network fits the training set, and how large the "
-            "difference to the test set is. Neural collapse is expected in the epochs after that."
+            "difference to the test set is. Neural collapse is expected after the network fits."
         ),
         draw=figures.draw_training,
         is_available=has_rows("epochs"),
@@ -69,7 +69,7 @@ KINDS = {
             "Where a curve falls, the samples of a class come closer together. If the test curve levels off while the "
             "training curve still falls, the collapse does not generalise. The dashed line is the input. A cross marks "
             "a layer whose class means have a rank below min(d, C - 1) for at least one seed. The missing directions "
-            "are not included in NC1. NC1 is lower for this reason, which is not collapse. In nc1.csv, kept is the "
+            "are not included in NC1. This lowers NC1, but is not collapse. In nc1.csv, kept is the "
             "smallest singular value that counts towards the rank, and dropped is the largest one that does not. With "
             "several seeds, mean and standard deviation are computed on a log scale."
         ),
@@ -85,7 +85,7 @@ KINDS = {
             "fitted line, and the correlation of log NC1 with depth. A correlation of -1 means that the law holds "
             "exactly. With several seeds, the mean of their lines is shown. The input (star) and layers with crosses "
             "are not included in the fit. A cross marks a layer whose class means have a rank below min(d, C - 1) for "
-            "at least one seed. NC1 does not include the missing directions. It is lower for this reason, which is not "
+            "at least one seed. NC1 does not include the missing directions. This lowers it, but is not "
             "collapse."
         ),
         draw=figures.draw_depth,
@@ -114,7 +114,7 @@ KINDS = {
             "by the layer's own probes (decoders trained on its frozen encodings), if it is more than "
             f"{SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
             "information. Markers far below the line are counted in the legend. Values below 0 can occur if the last "
-            "layer has no bias, because the decoder then cannot output constants."
+            "layer has no bias, because it then cannot output class frequencies."
         ),
         draw=figures.draw_information,
         is_available=has_rows("dib"),

@@ -74,7 +74,7 @@ def _read(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Te
             raise ValueError(f"{name} could not be downloaded to {place}: {reason}") from error
         raise ValueError(
             f"{name} was not found intact in {place} ({reason}): "
-            f"run once with --download, or name the folder that holds {FOLDERS[name]} with --data-dir"
+            f"run once with --download, or set --data-dir to the folder that holds {FOLDERS[name]}"
         ) from error
     x, y = torch.as_tensor(np.asarray(source.data)), torch.as_tensor(np.asarray(source.targets))
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()  # (N, channels, height, width)

@@ -77,7 +77,7 @@ class ActivationRecorder:
         """Call update(name, h (B, d), y (B,)) for every layer and batch, with the batches of each layer in order.
 
         The model runs on the batches (x, y), up to the last layer that is not cached yet. Each output is passed on
-        while the model runs. An iterator would hold the outputs of all layers until the forward pass ends.
+        while the model runs. Yielding outputs would keep those of all layers until the forward pass ends.
         """
         layers = {name: layer for name, layer in self.layers.items() if not self.cached.get(name)}
         if layers:

@@ -41,7 +41,7 @@ def choose_cache_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error is an out-of-memory error.
 
-    torch's allocators raise OutOfMemoryError. Errors of the driver, cuBLAS, cuDNN and the CPU have it in the message.
+    torch on CUDA raises OutOfMemoryError. Errors of the driver, cuBLAS, cuDNN and the CPU are known by their message.
     """
     messages = ("out of memory", "alloc_failed", "allocation_failed", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in messages)

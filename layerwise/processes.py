@@ -26,7 +26,7 @@ def leave_group() -> None:
 
 
 def get_rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if _is_distributed() else 0
 
 
@@ -36,7 +36,7 @@ def get_world_size() -> int:
 
 
 def take_share(items: Sequence) -> Sequence:
-    """Return the items of this process: every n-th item, starting with its rank, where n is the number of processes."""
+    """Return the items of this process: every n-th item, from index rank on, where n is the number of processes."""
     return items[get_rank() :: get_world_size()]
 
 

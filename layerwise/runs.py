@@ -19,7 +19,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to the folder. Raises ValueError if one already does."""
+    """Lock the folder against other runs. Raises ValueError if a process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -90,7 +90,7 @@ def append_rows(folder: Path, rows: dict[str, list[tuple]]) -> None:
 
 
 def find_newest_run(folder: Path = Path("runs")) -> Path:
-    """Return the run in the folder whose hparams.json was written last. Raises ValueError if there is none."""
+    """Return the run whose hparams.json was written last. Raises ValueError if `folder` holds no run."""
     found = sorted(folder.glob("*/hparams.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(f"no run in {folder.resolve()}: create one with make train, or choose a run with RUN=folder")

@@ -19,13 +19,13 @@ CONVERGENCE = "factor,steps," + COLUMNS["dib.csv"].removeprefix("epoch,")
 # A probe is known suboptimal if loss - upper > SUBOPTIMAL. In nats; it is 0.001 bits.
 SUBOPTIMAL = 1e-3 * log(2)
 
-# Hparams that do not determine the results of an epoch. They may change when a run is resumed.
+# Hparams that may change when a run is resumed.
 MAY_CHANGE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
-# Flags whose default depends on the device. `chosen` lists those that were not given: --resume chooses them again.
+# Flags whose default depends on the device. Hparam `chosen` lists those not given. A resumed run sets them anew.
 DEVICE_DEFAULTS = ("compile", "device", "precision")
 
 # Names before version 0.1.0, mapped to the present names. CSV files of that time can be read. Flags and make targets of
-# that time are refused with the new name.
+# that time are errors with the new name.
 RENAMED_FLAGS = {"--heads": "--probes"}
 RENAMED_TARGETS = {"settle": "convergence"}
 RENAMED_FILES = {"settle.csv": "convergence.csv"}

@@ -21,7 +21,7 @@ class Streams:
     device: torch.device
 
     def seed_generators(self, *words: object) -> torch.Generator:
-        """Seed torch's global generators with a hash of the words, seed and epoch. Return a CPU generator like that."""
+        """Seed torch's global generators with a hash of words, seed and epoch. Return a CPU generator so seeded."""
         number = make_seed(*words, self.seed, self.epoch)
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":
@@ -40,7 +40,7 @@ def take_random_states(device: torch.device) -> dict[str, Tensor]:
 def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     """Set torch's global generators to states that take_random_states returned, on this device or on another.
 
-    On CUDA, states of a CPU give a new seed: with the seed of the run, its random numbers would be repeated.
+    On CUDA, states of a CPU give a new seed: the seed of the run would repeat its earlier random numbers.
     """
     torch.set_rng_state(states["random"])
     if device.type == "cuda" and "random_cuda" in states:

@@ -35,7 +35,7 @@ def measure_last_epoch(run: Run, epoch: int, factor: int) -> list[Row]:
 
 
 def take_smallest_upper(row: Row, deeper: list[Row]) -> Row:
-    """Return the row with the smallest `upper` of itself and of the deeper splits with the same set and labeling."""
+    """Return the row, with `upper` lowered to that of a deeper split of the same set and labeling, if smaller."""
     set_name, split, result = row
     uppers = [result.upper]
     for other_set, _, other in deeper:
@@ -45,7 +45,7 @@ def take_smallest_upper(row: Row, deeper: list[Row]) -> Row:
 
 
 def measure_convergence(run: Run, epoch: int) -> list[tuple]:
-    """Measure DIB for every factor. Return the rows of convergence.csv, and print the known suboptimal shares."""
+    """Measure DIB for every factor. Return the rows of convergence.csv. Print the share of suboptimal probes."""
     rows = []
     for factor in tqdm(FACTORS, "times the steps", leave=False, disable=None):
         results = measure_last_epoch(run, epoch, factor)

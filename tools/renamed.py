@@ -1,4 +1,4 @@
-"""Exit with a message for a make target that does not exist. A renamed target is given with its new name."""
+"""Exit with a message for a make target that does not exist. If it was renamed, the new name is given."""
 
 import sys
 

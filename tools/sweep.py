@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = configuration.parse(rest)
     has_seed = any(word.split("=")[0] == "--seed" for word in rest)
     if given.resume or has_seed or given.tune == "only":
-        parser.error("--seed, --resume and --tune only cannot be used in a sweep")
+        parser.error("a sweep cannot have --seed, --resume or `--tune only`")
     seeds, task = list(range(args.seeds)), os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         if task not in map(str, seeds):
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def finish_run(words: list[str], folder: Path) -> str:
-    """Run train.py with these flags until the run in the folder is finished. Return the outcome as a text."""
+    """Start or continue the run in the folder, with these flags of train.py. Return the outcome as a text."""
     if (folder / "hparams.json").exists():
         try:
             state = checkpoint.load(folder)

@@ -69,7 +69,7 @@ def load(folder: Path) -> dict:
 def validate_hparams(folder: Path, hparams: dict) -> None:
     """Raise ValueError if hparams.json differs from the hparams in the checkpoint.
 
-    The values that a resumed run may change may differ: a crash can come between writing the two files.
+    Values that --resume can change may differ, after a crash between writing the two files.
     """
     recorded = read_hparams(folder)
     may_differ = {*MAY_CHANGE, *DEVICE_DEFAULTS, "chosen"}
@@ -118,7 +118,7 @@ def refuse_earlier_version(folder: Path) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise ValueError if the folder holds a run with at least one finished epoch."""
+    """Raise ValueError if the folder holds a run, unless its tables have no rows."""
     tables = [name for name in COLUMNS if (folder / name).exists()]
     unmeasured = tables and all((folder / name).read_bytes() == runs.make_header(name) for name in tables)
     if (tables or (folder / "checkpoint.pt").exists()) and not unmeasured:

@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def adopt_recorded(arguments: list[str] | None, folder: Path, recorded: dict) -> Config:
-    """Return the flags of a resumed run: the recorded ones, except for those that may change and were given.
+    """Return the flags of a resumed run: the given ones, else the recorded ones, but None for `chosen` ones.
 
     Raises ValueError for a flag that differs and may not change.
     """

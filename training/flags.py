@@ -22,7 +22,7 @@ from training.terminal import Parser
 class Config:
     """The flags with their defaults, and what `resolve` adds. The names are those of hparams.json.
 
-    None is a value that `resolve` replaces, or that is not set: recipe, tune, train_size, dib_size, dib_lr.
+    `resolve` replaces None, unless it means that the flag is unset, as for recipe and tune.
     """
 
     model: str = "MLP"
@@ -161,7 +161,7 @@ def add_training_flags(flag: Callable) -> None:
     )  # fmt: skip
     flag(
         "-opt", "--optimizer", nargs="+", action=Optimizer, metavar=("NAME", "OPTION=VALUE"),
-        help=f"{', '.join(OPTIMIZERS)}, with torch's options, as momentum=0.9 (default: {Config.optimizer})",
+        help=f"{', '.join(OPTIMIZERS)}, with options such as momentum=0.9 (default: {Config.optimizer})",
     )  # fmt: skip
     flag("-lr", "--learning-rate", type=RATE, metavar="X", help=f"learning rate (default: {LEARNING_RATE})")
     flag(
@@ -180,7 +180,7 @@ def add_training_flags(flag: Callable) -> None:
 def add_measure_flags(flag: Callable) -> None:
     """Add the flags of what is measured. flag: add_argument of a group."""
     sets, epochs = Config().sets, ("all | log | N", "N")
-    flag("--sets", nargs="+", choices=sets, help=f"sets that are measured (default: {' '.join(sets)})")
+    flag("--sets", nargs="+", choices=sets, help=f"sets for NC1 and DIB (default: {' '.join(sets)})")
     flag(
         "--measure", nargs="+", action=Epochs, metavar=epochs,
         help="epochs after which NC1 and DIB are measured: all, log (about 8 in a decade) or a list, in which 0 is "
@@ -198,7 +198,7 @@ def add_measure_flags(flag: Callable) -> None:
     flag("--dib-size", type=COUNT, metavar="N", help=size_help)
     flag("--dib-epochs", type=COUNT, metavar="N", help=f"number of epochs of each probe (default: {Config.dib_epochs})")
     flag("--probes", choices=["tuned", "thesis"], help=f"how probes are trained (default: {Config.probes})")
-    rate_help = f"learning rate of tuned probes, relative to the RMS of each parameter (default: {probes.RATE})"
+    rate_help = f"learning rate of tuned probes, relative to each module's initial RMS (default: {probes.RATE})"
     flag("--dib-lr", type=RATE, metavar="X", help=rate_help)
     flag(
         "--labelings", type=COUNT, metavar="R",

@@ -1,4 +1,4 @@
-"""What depends on the device: the device itself, the precision of training, and whether training is compiled."""
+"""Choose the device and the precision of training, and whether training is compiled."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def choose_device(name: str | None) -> torch.device:
             )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # the current device, whose random state fork_rng restores in DIB
+        torch.cuda.set_device(name)  # torch.cuda.manual_seed and nccl use the current device
     return torch.device(name)
 
 

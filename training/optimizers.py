@@ -41,7 +41,7 @@ def validate_optimizer(name: str, options: dict, device: torch.device, steps: in
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
 ) -> lr_scheduler.LRScheduler:
-    """Return a schedule of the learning rate that is stepped after each of the given number of training steps."""
+    """Return a learning-rate schedule for this number of training steps. It is stepped after each of them."""
     if name == "steps":
         return lr_scheduler.MultiStepLR(optimizer, milestones=[round(steps / 3), round(2 * steps / 3)], gamma=0.1)
     if name == "cosine":

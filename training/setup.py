@@ -1,4 +1,4 @@
-"""Set up a run: load the data, build the model, and find the learning rate if the flags ask for it."""
+"""Set up a run: load the data, build the model, and find the learning rate if --tune is given."""
 
 import os
 from collections.abc import Callable

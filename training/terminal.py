@@ -58,7 +58,7 @@ def raise_stop(number: int, frame: object) -> None:
 
 
 def set_up_terminal() -> None:
-    """Turn SIGINT and SIGTERM into Stop, and print characters that the terminal cannot encode as `?`."""
+    """Turn SIGINT and SIGTERM into Stop, and print `?` for characters the terminal cannot encode."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, raise_stop)
     sys.stdout.reconfigure(errors="replace")
@@ -80,7 +80,7 @@ class ExitMessages:
 
 @contextmanager
 def report_errors(parser: Parser, messages: ExitMessages) -> Iterator[None]:
-    """Turn errors into one-line messages. The exit status is 2, if messages.running 1, and 128 + n for signal n."""
+    """Turn errors into one-line messages. The status is 1 if messages.running, else 2; 128 + n for signal n."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:

@@ -30,7 +30,7 @@ def is_flatten(layer: nn.Module) -> bool:
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Return whether the layer is a norm with a weight and a bias for each feature or channel."""
+    """Return whether the layer is a norm. Weight and bias, if any, are per feature or channel."""
     kind = get_unmodified_type(layer)
     return kind in NORMS or (kind is not None and f"{kind.__module__}.{kind.__qualname__}" == TORCHVISION_NORM)
 

@@ -17,7 +17,7 @@ from layerwise.probes.training import Thesis, Tuned, compute_parameter_sizes
 def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int) -> Tensor:
     """Return the losses of the probes of every split and labeling, (splits, J) float64, in nats.
 
-    The optimum of linear decoders is computed. All MLPs are trained in one stacked group, other decoders one by one.
+    For Tuned, linear optima are computed. All MLPs are trained in one stacked group, other decoders one by one.
     cache_bytes: the size of the encodings that may be cached. The processes of torchrun share the probes: all call fit.
     """
     J, N = task.targets.shape
@@ -74,7 +74,7 @@ def group_splits(reference: nn.Sequential, splits: list[int], linear: set[int]) 
 def make_group(
     task: Task, probes: Tuned | Thesis, kind: str, members: list[tuple[int, int]], sources: dict[int, Source]
 ) -> ProbeGroup:
-    """Construct the probes of the members (k, j), each once for every start."""
+    """Return the group of the probes (k, j), each once for every start."""
     made = {k: [] for k in sources}
     learns = {k: [] for k in sources}
     for k, j in members:

@@ -14,7 +14,7 @@ from layerwise.probes.encodings import Source
 
 
 class ProbeGroup:
-    """Probes of one or several splits. Their losses are added up, so each has the gradients of its loss.
+    """Probes of one or several splits. Their losses are added: each probe has the gradients of its own.
 
     probes: {k: the probes of split k}, in order of k. sources: {k: the source of the encodings of split k}. targets:
     the labelings (J, N). learns: {k: the row of targets for each probe of split k}. bfloat16: whether steps use

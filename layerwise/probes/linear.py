@@ -1,4 +1,4 @@
-"""Linear probes: their loss is convex, and its infimum is computed directly, without training."""
+"""Linear probes: their loss is convex, and its infimum is computed by L-BFGS and Newton steps."""
 
 from math import log
 
@@ -36,10 +36,10 @@ def fit_linear(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ..
 def compute_linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within: float = 1e-4) -> float:
     """Return inf over W and b of the mean cross-entropy of the logits z W + b, in nats. Without a bias, b is 0.
 
-    z: whitened features (N, d), float64. labels: (N,) int64. Rounds of L-BFGS and one Newton step are repeated until
+    z: whitened features (N, d), float64. labels: (N,) int64. L-BFGS, followed by one Newton step, is repeated until
     the loss or half the squared Newton decrement is below `within` nats. Half the squared decrement estimates the
     distance from the infimum; the estimate is too low if the infimum is not attained. The loss after 1,600 iterations
-    is returned in any case: it is an upper bound.
+    is returned otherwise: it is an upper bound.
     """
     z = torch.cat([z, z.new_ones(len(z), 1)], dim=1) if bias else z
     if z.shape[1] == 0:  # there are no features

@@ -23,7 +23,7 @@ class StackedProbes(ProbeGroup):
         return compute_stacked_logits(self.probes, self.stacks, encodings)
 
     def select_rows(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Remove all probes but those in these rows, the same share of every split, also from the optimizer."""
+        """Keep only the probes in these rows, the same share of every split, also in the optimizer."""
         for k, of_split in self.probes.items():
             self.probes[k] = of_split[: len(of_split) * len(rows) // len(self.learns)]  # only their number is used
         self.learns = self.learns[rows]
@@ -60,7 +60,7 @@ def compute_stacked_logits(
     first, z = min(probes), None
     for k, (block_name, block) in enumerate(probes[first][0].named_children(), first):
         if k in encodings:
-            entering = encodings[k].flatten(1).T.expand(len(probes[k]), -1, -1)  # (J, d, B)
+            entering = encodings[k].flatten(1).T.expand(len(probes[k]), -1, -1)  # (n, d, B)
             z = entering if z is None else torch.cat([z, entering])
         for name, layer in block.named_modules(prefix=block_name):
             if isinstance(layer, nn.Linear):

@@ -14,7 +14,7 @@ from layerwise.probes.decoders import is_mlp
 from layerwise.probes.group import ProbeGroup
 
 BATCH_SIZE = 400  # of tuned probes
-RATE = 0.2  # learning rate of tuned probes, relative to the sizes of their parameters
+RATE = 0.2  # learning rate of tuned probes, relative to compute_parameter_sizes
 LEAST_BATCHES = 20  # smallest number of steps in an epoch of tuned probes
 
 
@@ -44,7 +44,7 @@ class Thesis:
             raise ValueError(f"DIB: epochs must be at least 1, got {self.epochs}")
 
     def count_starts(self, decoder: nn.Sequential) -> int:
-        """Return the number of starts: initial weights from which each probe is trained."""
+        """Return the number of starts of each probe, which differ in initial weights."""
         return 1
 
     def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
@@ -86,7 +86,7 @@ class Tuned:
             raise ValueError(f"DIB: steps must be at least 1, got {self.steps}")
 
     def count_starts(self, decoder: nn.Sequential) -> int:
-        """Return the number of starts: initial weights from which each probe is trained."""
+        """Return the number of starts of each probe, which differ in initial weights."""
         return self.STARTS[0][0] if is_mlp(decoder) else 1
 
     def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
@@ -150,7 +150,7 @@ def compute_parameter_sizes(model: nn.Module) -> dict[str, float]:
     """Return {name: size} of the parameters of a newly initialised model. Learning rates are relative to the sizes.
 
     The size is the root mean square of the randomly initialised parameters of the same module. If it has none, as a
-    norm of ones and zeros, the size is that of all its parameters, but at most 0.1. It is at least 0.01. The size
+    norm of ones and zeros, it is the RMS of all its parameters, but at most 0.1. It is at least 0.01, and then
     decreases beyond 256 inputs of a unit, because one step changes all its weights.
     """
     sizes = {}
