@@ -139,23 +139,39 @@ def measure_splits(
     entropies = [compute_entropy(target, num_classes) for target in targets]
     if probes is None:
         probes = Tuned(count_steps(30, len(labels)))
-
-    def get_inputs(indices: Tensor) -> Tensor:
-        return samples.batch(indices)[0].clone()  # the first layer may work in place, and batch may return a view
-
     with isolate(model, labels.device):
-        x = checks.read_trial_inputs(samples, labels, "DIB")
         streams = Streams(seed, epoch, labels.device)
-        make = partial(make_probe, make_model, streams)
-        reference = make(0, "reference").eval()
-        checks.validate_made_models(model, reference, make(0, "again"), splits[0])
-        validate_frozen_decoders(model, reference, splits)
-        checks.validate_network(model, reference, splits, x, num_classes)
-        task = Task(model, reference, splits, get_inputs, targets, make, streams)
+        task = make_task(model, splits, samples, num_classes, targets, make_model, streams)
         network_loss = compute_network_loss(task, labels, batch_size)
         losses = fit(task, probes, batch_size=batch_size, cache_bytes=cache_bytes).tolist()
     uppers = compute_upper(task, losses, entropies, network_loss)
     return {k: collect_results(keys, entropies, losses[i], uppers[k]) for i, k in enumerate(splits)}
+
+
+def make_task(
+    model: nn.Sequential,
+    splits: list[int],
+    samples: Samples,
+    num_classes: int,
+    targets: Tensor,
+    make_model: Callable[[], nn.Sequential],
+    streams: Streams,
+) -> Task:
+    """Validate samples, make_model and model, and return the task of fitting probes for the labelings (J, N).
+
+    model: in eval mode. splits: at least one, in order. targets: the labelings, the original labels first.
+    """
+    x = checks.read_trial_inputs(samples, targets[0], "DIB")
+    make = partial(make_probe, make_model, streams)
+    reference = make(0, "reference").eval()
+    checks.validate_made_models(model, reference, make(0, "again"), splits[0])
+    validate_frozen_decoders(model, reference, splits)
+    checks.validate_network(model, reference, splits, x, num_classes)
+
+    def get_inputs(indices: Tensor) -> Tensor:
+        return samples.batch(indices)[0].clone()  # the first layer may work in place, and batch may return a view
+
+    return Task(model, reference, splits, get_inputs, targets, make, streams)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ import models
 import nc1
 import train
 from layerwise import devices, processes, schema
-from layerwise.probes import BATCH_SIZE, Streams, Task, Thesis, Tuned, count_steps, fit
+from layerwise.probes import BATCH_SIZE, Streams, Thesis, Tuned, count_steps, fit
 from layerwise.probes.separate import compute_logits_one_by_one
 from layerwise.samples import Samples, choose_per_class
 from tools.references import (
@@ -621,15 +621,12 @@ def load_cifar_images(args: argparse.Namespace) -> tuple[str, torch.Tensor, torc
 
 
 def fit_probes(run: setup.Run, k: int, labelings: torch.Tensor, kind: Tuned | Thesis, seed: int = 0) -> torch.Tensor:
-    """Return the losses (J,) of the probes of one split for these labelings (J, N) alone, in nats.
+    """Return the losses (J,) of the probes of one split for these labelings (J, N) only, in nats.
 
-    dib.measure_splits would fit those of all labelings.
+    labelings: the original labels first. dib.measure_splits would fit the probes of all labelings.
     """
-    streams = Streams(seed, 0, DEVICE)
-    make_probe = partial(dib.make_probe, run.make_model, streams)
-    reference = make_probe(0, "reference").eval()
-    samples = run.sets["train"]
-    task = Task(run.model, reference, [k], lambda indices: samples.batch(indices)[0], labelings, make_probe, streams)
+    streams, samples = Streams(seed, 0, DEVICE), run.sets["train"]
+    task = dib.make_task(run.model, [k], samples, run.config.num_classes, labelings, run.make_model, streams)
     (losses,) = fit(task, kind, batch_size=BATCH_SIZE, cache_bytes=devices.CACHE_BYTES)
     return losses
 
