@@ -177,7 +177,6 @@ def test_make_runs_from_what_apptainer_copies(tmp_path):
         ["help"],
         ["venv"],
         ["train", "ARGS=--help"],
-        ["convergence", "ARGS=--help"],
         ["plots", "ARGS=--help"],
     ):
         command = ["make", *words, "--assume-old=requirements.txt", "--assume-old=requirements-dev.txt"]
