@@ -74,9 +74,20 @@ def measure(
     cache_bytes: int = devices.CACHE_BYTES,
 ) -> list[ProbeResult]:
     """Return the results of the probes of split k. For the parameters see measure_splits."""
-    options = {"probes": probes, "labelings": labelings, "seed": seed, "epoch": epoch}
-    options |= {"batch_size": batch_size, "cache_bytes": cache_bytes}
-    return measure_splits(model, [k], samples, num_classes, make_model, **options)[k]
+    found = measure_splits(
+        model,
+        [k],
+        samples,
+        num_classes,
+        make_model,
+        probes=probes,
+        labelings=labelings,
+        seed=seed,
+        epoch=epoch,
+        batch_size=batch_size,
+        cache_bytes=cache_bytes,
+    )
+    return found[k]
 
 
 @devices.disable_tf32()

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dib
-from layerwise.probes import Streams, Task, Thesis, Tuned, make_seed
+from layerwise.probes import Task, Thesis, Tuned
 from layerwise.probes.decoders import is_linear
 from layerwise.samples import Samples
+from layerwise.streams import Streams, make_seed
 from relabel import relabel
 from tests.toys import make_conv_net, make_mlp, make_random_net, make_toy_samples
 

@@ -25,7 +25,6 @@ from layerwise.probes import (
     fit,
     group,
     linear,
-    make_seed,
     separate,
     stacked,
     training,
@@ -46,6 +45,7 @@ from layerwise.probes.stacked import StackedProbes, compute_stacked_logits, stac
 from layerwise.probes.training import compute_parameter_sizes, find_best_starts
 from layerwise.samples import Samples
 from layerwise.schema import SUBOPTIMAL
+from layerwise.streams import make_seed
 from tests.toys import ROOT, make_clusters, make_conv_net, make_mlp, make_random_net, make_toy_samples
 from tools.references import (
     compute_gradient_and_hessian,

@@ -35,9 +35,10 @@ import models
 import nc1
 import train
 from layerwise import devices, processes, schema
-from layerwise.probes import BATCH_SIZE, Streams, Thesis, Tuned, count_steps, fit
+from layerwise.probes import BATCH_SIZE, Thesis, Tuned, count_steps, fit
 from layerwise.probes.separate import compute_logits_one_by_one
 from layerwise.samples import Samples, choose_per_class
+from layerwise.streams import Streams
 from tools.references import (
     SingleProbe,
     compute_dense_nc1,

@@ -3,6 +3,5 @@
 from layerwise.probes.fitting import fit
 from layerwise.probes.task import Task
 from layerwise.probes.training import BATCH_SIZE, RATE, Thesis, Tuned, count_steps
-from layerwise.streams import Streams, make_seed
 
-__all__ = ["BATCH_SIZE", "RATE", "Streams", "Task", "Thesis", "Tuned", "count_steps", "fit", "make_seed"]
+__all__ = ["BATCH_SIZE", "RATE", "Task", "Thesis", "Tuned", "count_steps", "fit"]
