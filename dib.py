@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import inf, isfinite, log, nan
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from layerwise.modes import set_eval_mode
 from layerwise.probes import BATCH_SIZE, Task, Thesis, Tuned, count_steps, fit
 from layerwise.probes.decoders import get_unmodified_type, is_trainable, list_layers
 from layerwise.samples import Samples
-from layerwise.schema import SUBOPTIMAL
+from layerwise.schema import LABELS, SHUFFLED, SUBOPTIMAL
 from layerwise.streams import Streams, make_seed
 from relabel import relabel
 
@@ -52,10 +52,11 @@ __all__ = ["ProbeResult", "Samples", "Thesis", "Tuned", "measure", "measure_spli
 class ProbeResult(NamedTuple):
     """The result of one probe: a row of dib.csv. Entropies and losses are in nats."""
 
-    permutation: int  # number of the enumeration that the labeling is from: 0 is data order, 1, 2, ... are random
-    labeling: int | str  # index of a digit, 0 for the most significant, or "y" for the original labels
+    enumeration: int  # number of the enumeration that a digit is from: 0 is data order, 1, 2, ... are random orders
+    labeling: int | str  # index of a digit, 0 for the most significant; "y" (original labels), "shuffled" or "held-out"
     entropy: float  # H of the labeling
     loss: float  # mean cross-entropy over all samples, with the final weights in eval mode
+    lower: float  # the largest known lower bound on H_V
     upper: float  # the smallest known upper bound on H_V
 
 
@@ -67,7 +68,9 @@ def measure(
     make_model: Callable[[], nn.Sequential],
     *,
     probes: Tuned | Thesis | None = None,
-    labelings: int = 1,
+    enumerations: int | Literal["data"] = 1,
+    held_out: Samples | None = None,
+    controls: bool = True,
     seed: int = 0,
     epoch: int = 0,
     batch_size: int = BATCH_SIZE,
@@ -81,7 +84,9 @@ def measure(
         num_classes,
         make_model,
         probes=probes,
-        labelings=labelings,
+        enumerations=enumerations,
+        held_out=held_out,
+        controls=controls,
         seed=seed,
         epoch=epoch,
         batch_size=batch_size,
@@ -100,7 +105,9 @@ def measure_splits(
     make_model: Callable[[], nn.Sequential],
     *,
     probes: Tuned | Thesis | None = None,
-    labelings: int = 1,
+    enumerations: int | Literal["data"] = 1,
+    held_out: Samples | None = None,
+    controls: bool = True,
     seed: int = 0,
     epoch: int = 0,
     batch_size: int = BATCH_SIZE,
@@ -138,15 +145,15 @@ def measure_splits(
         ValueError: if labelings < 1, if a split is not in 0 .. len(model) - 1, if encodings or outputs are not finite,
             or if model, samples or make_model are not valid (see layerwise/checks.py).
     """
-    if labelings < 1:
-        raise ValueError(f"DIB: labelings must be at least 1, got {labelings}")
+    if enumerations != "data" and not (isinstance(enumerations, int) and enumerations >= 1):
+        raise ValueError(f'DIB: enumerations must be "data" or a number of at least 1, got {enumerations!r}')
     checks.validate_make_model(make_model)
     model = checks.validate_sequential(model, "the model")
     splits = checks.validate_splits(splits, model)
     if not splits:
         return {}
     labels = checks.validate_labels(samples, "DIB")
-    keys, targets = make_labelings(labels, num_classes, labelings, seed)
+    keys, targets = make_labelings(labels, num_classes, enumerations, controls, seed)
     entropies = [compute_entropy(target, num_classes) for target in targets]
     if probes is None:
         probes = Tuned(count_steps(30, len(labels)))
@@ -200,7 +207,7 @@ def collect_results(
 ) -> list[ProbeResult]:
     """Return the results of one split. keys: (enumeration, labeling) of each probe."""
     return [
-        ProbeResult(permutation=enumeration, labeling=labeling, entropy=entropy, loss=loss, upper=upper)
+        ProbeResult(enumeration, labeling, entropy, loss, 0.0, upper)
         for (enumeration, labeling), entropy, loss, upper in zip(keys, entropies, losses, uppers, strict=True)
     ]
 
@@ -227,17 +234,24 @@ def validate_frozen_decoders(model: nn.Sequential, reference: nn.Sequential, spl
 
 
 def make_labelings(
-    labels: Tensor, num_classes: int, labelings: int, seed: int
+    labels: Tensor, num_classes: int, enumerations: int | Literal["data"], controls: bool, seed: int
 ) -> tuple[list[tuple[int, int | str]], Tensor]:
     """Return the keys [(enumeration, labeling), ...] and the labelings (J, N). The first labeling is the labels."""
-    keys, targets = [(0, "y")], [labels]
+    N, device = len(labels), labels.device
+    keys, targets = [(0, LABELS)], [labels]
+    if controls:
+        generator = torch.Generator().manual_seed(make_seed("shuffled", seed))
+        keys.append((0, SHUFFLED))
+        targets.append(labels[torch.randperm(N, generator=generator).to(device)])
     generator = torch.Generator().manual_seed(make_seed("enumerations", seed))
-    order = torch.arange(len(labels), device=labels.device)
-    for enumeration in range(labelings):
+    if enumerations == "data":
+        orders = {0: torch.arange(N, device=device)}
+    else:
+        orders = {i: torch.randperm(N, generator=generator).to(device) for i in range(1, enumerations + 1)}
+    for enumeration, order in orders.items():
         digits = relabel(labels[order], num_classes)[order.argsort()]  # (N, D), in data order again
         keys += [(enumeration, digit) for digit in range(digits.shape[1])]
         targets += digits.T
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
     return keys, torch.stack(targets)
 
 

@@ -204,7 +204,8 @@ def measure_dib(
         kind = dib.Tuned(factor * count_dib_steps(config, "train"), config.dib_lr)
         batch_size = probes.BATCH_SIZE
     names = {k: name for name, k in models.splits(run.model, splits).items()}
-    options = {"probes": kind, "labelings": config.labelings, "seed": config.seed, "epoch": epoch}
+    options = {"probes": kind, "enumerations": config.enumerations, "controls": config.controls}
+    options |= {"seed": config.seed, "epoch": epoch}
     for name in config.sets:
         samples = run.dib_sets[name]
         measure = partial(dib.measure_splits, run.model, names, samples, config.num_classes, run.make_model, **options)

@@ -39,7 +39,7 @@ def take_smallest_upper(row: Row, deeper: list[Row]) -> Row:
     set_name, split, result = row
     uppers = [result.upper]
     for other_set, _, other in deeper:
-        if (other_set, other.permutation, other.labeling) == (set_name, result.permutation, result.labeling):
+        if (other_set, other.enumeration, other.labeling) == (set_name, result.enumeration, result.labeling):
             uppers.append(other.upper)
     return set_name, split, result._replace(upper=min(uppers))
 

@@ -152,6 +152,7 @@ def resolve(config: Config, device: torch.device, dataset: data.Dataset, model: 
         chosen=[name for name in schema.DEVICE_DEFAULTS if getattr(config, name) is None],
         num_classes=dataset.num_classes,
         dib_samples=count_dib_samples(config, dataset),
+        linear_splits=list_linear_splits(config, dataset, model),
     )
 
 
@@ -166,6 +167,15 @@ def validate_measured_epochs(config: Config) -> None:
 def count_dib_samples(config: Config, dataset: data.Dataset) -> dict[str, int]:
     """Return the number of samples of each set that DIB uses."""
     return {"train": config.dib_size or len(dataset.train), "test": config.dib_size or len(dataset.test)}
+
+
+def list_linear_splits(config: Config, dataset: data.Dataset, model: nn.Sequential) -> list[str]:
+    """Return the names of the splits whose probes are linear, and whose optimum is computed."""
+    if not config.dib or config.probes == "thesis":
+        return []
+    N = max(count_dib_samples(config, dataset).values())
+    splits = models.splits(model, config.splits)
+    return [name for name, k in splits.items() if probes.can_fit_linear(model[k:], N)]
 
 
 def validate_batches(config: Config, dataset: data.Dataset, model: nn.Module) -> None:

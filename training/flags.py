@@ -48,7 +48,8 @@ class Config:
     probes: str = "tuned"
     dib_lr: float | None = None
     splits: list[str] | None = None
-    labelings: int = 1
+    enumerations: int | str = 1
+    controls: bool = True
     precision: str | None = None
     compile: bool | None = None
     device: str | None = None
@@ -61,6 +62,7 @@ class Config:
     chosen: list[str] | None = None  # the flags of schema.DEVICE_DEFAULTS that were not given
     num_classes: int | None = None
     dib_samples: dict[str, int] | None = None  # {set: the number of samples that DIB uses}
+    linear_splits: list[str] | None = None  # the splits whose probes are linear, and solved by tuned probes
 
 
 def make_number_type(kind: type, low: float, strict: bool = False) -> Callable:
@@ -81,6 +83,16 @@ def make_number_type(kind: type, low: float, strict: bool = False) -> Callable:
 
 COUNT = make_number_type(int, 1)
 RATE = make_number_type(float, 0, strict=True)
+
+
+def parse_enumerations(text: str) -> int | str:
+    """Return the value of --enumerations: a number of at least 1, or "data"."""
+    if text == "data":
+        return text
+    try:
+        return COUNT(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1 or data, got {text}") from None
 
 
 class Optimizer(argparse.Action):
@@ -201,10 +213,12 @@ def add_measure_flags(flag: Callable) -> None:
     rate_help = f"learning rate of tuned probes, relative to each module's initial RMS (default: {probes.RATE})"
     flag("--dib-lr", type=RATE, metavar="X", help=rate_help)
     flag(
-        "--labelings", type=COUNT, metavar="R",
-        help="enumerations of the samples of each class: data order and R - 1 random orders "
-        f"(default: {Config.labelings})",
+        "--enumerations", type=parse_enumerations, metavar="N | data",
+        help="number of random enumerations of the samples of each class, or data: one enumeration in data order "
+        f"(default: {Config.enumerations})",
     )  # fmt: skip
+    controls_help = "do not measure the controls: shuffled labels, held-out samples and noise"
+    flag("--no-controls", dest="controls", action="store_false", help=controls_help)
 
 
 def add_run_flags(flag: Callable) -> None:
