@@ -29,6 +29,7 @@ analysis/statistics.py computes information from these numbers.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from math import inf, isfinite, log, nan
 from typing import Literal, NamedTuple
@@ -39,10 +40,10 @@ from torch import Tensor, nn
 
 from layerwise import checks, devices, processes
 from layerwise.modes import set_eval_mode
-from layerwise.probes import BATCH_SIZE, Task, Thesis, Tuned, count_steps, fit
+from layerwise.probes import BATCH_SIZE, HeldOut, Source, Task, Thesis, Tuned, choose_half, count_steps, fit
 from layerwise.probes.decoders import get_unmodified_type, is_trainable, list_layers
 from layerwise.samples import Samples
-from layerwise.schema import LABELS, SHUFFLED, SUBOPTIMAL
+from layerwise.schema import HELD_OUT, LABELS, SHUFFLED, SUBOPTIMAL
 from layerwise.streams import Streams, make_seed
 from relabel import relabel
 
@@ -160,10 +161,20 @@ def measure_splits(
     with isolate(model, labels.device):
         streams = Streams(seed, epoch, labels.device)
         task = make_task(model, splits, samples, num_classes, targets, make_model, streams)
-        network_loss = compute_network_loss(task, labels, batch_size)
-        losses = fit(task, probes, batch_size=batch_size, cache_bytes=cache_bytes).tolist()
+        network_loss = compute_network_loss(task, task.inputs, labels, batch_size)
+        if held_out is not None and controls:
+            task = replace(task, held_out=hold_out(task, held_out, num_classes, seed))
+            compute_network_loss(task, task.held_out.inputs, task.held_out.labels, batch_size)  # validates encodings
+        fitted = fit(task, probes, batch_size=batch_size, cache_bytes=cache_bytes)
+    losses = fitted.losses.tolist()
     uppers = compute_upper(task, losses, entropies, network_loss)
-    return {k: collect_results(keys, entropies, losses[i], uppers[k]) for i, k in enumerate(splits)}
+    lowers = compute_lower(task, fitted.lowers.tolist(), uppers)
+    found = {k: collect_results(keys, entropies, losses[i], lowers[k], uppers[k]) for i, k in enumerate(splits)}
+    if task.held_out:
+        entropy = compute_cross_entropy(task.held_out.labels, labels, num_classes)
+        for k, loss in zip(splits, fitted.held_out.tolist(), strict=True):
+            found[k].append(ProbeResult(0, HELD_OUT, entropy, loss, lower=0.0, upper=loss))
+    return found
 
 
 def make_task(
@@ -186,10 +197,33 @@ def make_task(
     validate_frozen_decoders(model, reference, splits)
     checks.validate_network(model, reference, splits, x, num_classes)
 
-    def get_inputs(indices: Tensor) -> Tensor:
-        return samples.batch(indices)[0].clone()  # the first layer may work in place, and batch may return a view
+    return Task(model, reference, splits, make_input_source(samples), targets, make, streams)
 
-    return Task(model, reference, splits, get_inputs, targets, make, streams)
+
+def make_input_source(samples: Samples) -> Source:
+    """Return a function that maps indices (B,) to copies of the inputs (B, ...).
+
+    The first layer may work in place, and samples.batch may return a view.
+    """
+    return lambda indices: samples.batch(indices)[0].clone()
+
+
+def hold_out(task: Task, samples: Samples, num_classes: int, seed: int) -> HeldOut:
+    """Validate the samples that are held out, and divide them into two halves.
+
+    Raises ValueError if they are not valid, fewer than two, or have a class that the probes are not trained on.
+    """
+    labels = checks.validate_labels(samples, "DIB: held_out")
+    trained = task.targets[0]
+    if labels.device != trained.device or len(labels) < 2:
+        expected = f"at least two samples on {trained.device}"
+        raise ValueError(f"DIB: held_out must have {expected}, got {len(labels)} on {labels.device}")
+    unknown = labels[~torch.isin(labels, trained)].unique().tolist()
+    if unknown:
+        raise ValueError(f"DIB: held_out has samples of class {unknown[0]}, and the samples of the probes have none")
+    x = checks.read_trial_inputs(samples, labels, "DIB: held_out")
+    checks.validate_network(task.model, task.reference, task.splits, x, num_classes)
+    return HeldOut(make_input_source(samples), labels, choose_half(labels, make_seed("halves", seed)))
 
 
 @contextmanager
@@ -203,13 +237,15 @@ def isolate(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def collect_results(
-    keys: list[tuple[int, int | str]], entropies: list[float], losses: list[float], uppers: list[float]
+    keys: list[tuple[int, int | str]],
+    entropies: list[float],
+    losses: list[float],
+    lowers: list[float],
+    uppers: list[float],
 ) -> list[ProbeResult]:
     """Return the results of one split. keys: (enumeration, labeling) of each probe."""
-    return [
-        ProbeResult(enumeration, labeling, entropy, loss, 0.0, upper)
-        for (enumeration, labeling), entropy, loss, upper in zip(keys, entropies, losses, uppers, strict=True)
-    ]
+    rows = zip(keys, entropies, losses, lowers, uppers, strict=True)
+    return [ProbeResult(*key, *values) for key, *values in rows]
 
 
 def make_probe(make_model: Callable[[], nn.Sequential], streams: Streams, k: int, *words: object) -> nn.Sequential:
@@ -261,6 +297,12 @@ def compute_entropy(labels: Tensor, num_classes: int) -> float:
     return torch.special.entr(p).sum().item()
 
 
+def compute_cross_entropy(labels: Tensor, reference: Tensor, num_classes: int) -> float:
+    """Return the mean of -log of the share of each of the labels (N,) in the reference labels (M,), in nats."""
+    shares = torch.bincount(reference, minlength=num_classes).double() / len(reference)  # (C,)
+    return -shares[labels].log().mean().item()
+
+
 def compute_upper(
     task: Task, losses: list[list[float]], entropies: list[float], network_loss: float
 ) -> dict[int, list[float]]:
@@ -273,14 +315,38 @@ def compute_upper(
     for k, of_split in zip(reversed(task.splits), reversed(losses), strict=True):
         decoder = task.reference[k:]
         bounds = [of_split, [compute_constant_loss(decoder, entropy) for entropy in entropies]]
-        if has_same_frozen(task.model[k:], decoder):  # else bounds 1 and 2 do not hold
+        if has_same_frozen(task.model[k:], decoder):
             bounds.append([network_loss] + [inf] * (len(entropies) - 1))
-            # Layers that share parameters with the deeper decoder change when it is trained.
-            if deeper is not None and not shares_any_parameter(task.reference[k:deeper], task.reference[deeper:]):
-                bounds.append(uppers[deeper])
+        if deeper is not None and is_nested(task, k, deeper):
+            bounds.append(uppers[deeper])
         uppers[k] = [min(filter(isfinite, of_labeling), default=nan) for of_labeling in zip(*bounds, strict=True)]
         deeper = k
     return uppers
+
+
+def compute_lower(task: Task, lowers: list[list[float]], uppers: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Return {k: `lower` of each labeling}, in nats. The module docstring numbers the bounds.
+
+    lowers: of each split alone. uppers: the results of compute_upper. No bound exceeds them: they are sums of float32.
+    """
+    found, shallower = {}, None
+    for k, of_split in zip(task.splits, lowers, strict=True):
+        if shallower is not None and is_nested(task, shallower, k):
+            of_split = [max(pair) for pair in zip(of_split, found[shallower], strict=True)]
+        found[k] = [min(pair) for pair in zip(of_split, uppers[k], strict=True)]
+        shallower = k
+    return found
+
+
+def is_nested(task: Task, k: int, deeper: int) -> bool:
+    """Return whether V_k has all functions of the layers between the splits, as they are, and a decoder in V_deeper.
+
+    Frozen parameters must have the values that make_model() gives them. Layers between the splits that share parameters
+    with the deeper decoder would change when it is trained.
+    """
+    if not has_same_frozen(task.model[k:], task.reference[k:]):
+        return False
+    return not shares_any_parameter(task.reference[k:deeper], task.reference[deeper:])
 
 
 def compute_constant_loss(decoder: nn.Sequential, entropy: float) -> float:
@@ -295,8 +361,12 @@ def compute_constant_loss(decoder: nn.Sequential, entropy: float) -> float:
 
 
 def compute_suboptimal_share(results: Iterable[ProbeResult]) -> float:
-    """Return the share of the probes that are known suboptimal: their loss exceeds `upper` by more than SUBOPTIMAL."""
-    above = [not result.loss - result.upper <= SUBOPTIMAL for result in results]  # `not <=`, so that NaN counts
+    """Return the share of the probes that are known suboptimal: their loss exceeds `upper` by more than SUBOPTIMAL.
+
+    Results on held-out samples are not counted.
+    """
+    own = [result for result in results if result.labeling != HELD_OUT]
+    above = [not result.loss - result.upper <= SUBOPTIMAL for result in own]  # `not <=`, so that NaN counts
     return sum(above) / len(above)
 
 
@@ -312,15 +382,15 @@ def shares_any_parameter(first: nn.Module, second: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def compute_network_loss(task: Task, labels: Tensor, batch_size: int) -> float:
-    """Return the mean cross-entropy of the model over all samples, in nats.
+def compute_network_loss(task: Task, inputs: Source, labels: Tensor, batch_size: int) -> float:
+    """Return the mean cross-entropy of the model over all samples of a set, in nats.
 
     Raises ValueError if the encodings of a split or the outputs are not finite.
     """
     total = torch.zeros((), dtype=torch.float64, device=labels.device)
     infinite = torch.zeros(len(task.model), dtype=torch.int64, device=labels.device)  # number of batches
     for indices in processes.take_share(torch.arange(len(labels), device=labels.device).split(batch_size)):
-        z = task.inputs(indices)
+        z = inputs(indices)
         for k, block in enumerate(task.model):
             if k in task.splits:
                 infinite[k] += ~z.isfinite().all()

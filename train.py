@@ -7,6 +7,7 @@ splits, unless the flags select epochs, sets or splits. The results are written 
 analysis/plots.py draws them.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import dib
 import models
 import nc1
-from layerwise import devices, probes, processes, runs
+from layerwise import devices, probes, processes, runs, schema
 from layerwise.samples import Samples
 from layerwise.streams import make_seed
 from training import checkpoint, configuration, setup
@@ -32,6 +33,8 @@ from training.hardware import make_autocast
 from training.optimizers import make_optimizer
 from training.setup import Run
 from training.terminal import ExitMessages, quote_for_make, report_errors, set_up_terminal
+
+Row = tuple[str, str, dib.ProbeResult]  # set, split, result
 
 
 @devices.disable_tf32()
@@ -49,8 +52,9 @@ def train(run: Run, done: int) -> None:
                 collapse = measure_nc1(run, epoch)
             with timer("DIB"):
                 results = measure_dib(run, epoch)
+                noise = measure_noise(run, epoch)
             if processes.get_rank() == 0:
-                save_epoch(run, epoch, scores, collapse, results)
+                save_epoch(run, epoch, scores, collapse, results, noise)
                 print_epoch(run, epoch, scores, collapse, results)
 
 
@@ -184,9 +188,7 @@ def choose_splits(config: Config, epoch: int) -> list[str]:
     return [name for name in config.splits if name != "input" or is_first]
 
 
-def measure_dib(
-    run: Run, epoch: int, splits: list[str] | None = None, factor: int = 1
-) -> list[tuple[str, str, dib.ProbeResult]]:
+def measure_dib(run: Run, epoch: int, splits: list[str] | None = None, factor: int = 1) -> list[Row]:
     """Return (set, split, result) of every probe.
 
     splits: the names of the splits (default: choose_splits). factor: multiplies the number of steps of the probes.
@@ -207,12 +209,44 @@ def measure_dib(
     options = {"probes": kind, "enumerations": config.enumerations, "controls": config.controls}
     options |= {"seed": config.seed, "epoch": epoch}
     for name in config.sets:
-        samples = run.dib_sets[name]
+        samples, held_out = run.dib_sets[name], run.dib_sets.get("test") if name == "train" else None
         measure = partial(dib.measure_splits, run.model, names, samples, config.num_classes, run.make_model, **options)
+        measure = partial(measure, held_out=held_out)
         cache_bytes = devices.choose_cache_bytes(run.device)
         results = measure_with_retry(f"DIB of the {name} set", measure, batch_size, cache_bytes)
         for k, of_split in results.items():
-            rows += [(name, names[k], result) for result in of_split]
+            rows += [("test" if row.labeling == schema.HELD_OUT else name, names[k], row) for row in of_split]
+    return rows
+
+
+def measure_noise(run: Run, epoch: int) -> list[Row]:
+    """Return (set, split, result) of linear probes on Gaussian features, in the first epoch in which DIB is measured.
+
+    For each linear split they have as many features and samples as its probes. Their results show what linear probes
+    find in features that are unrelated to the samples.
+    """
+    config, rows = run.config, []
+    is_first = epoch == configuration.get_first_measured(config.measure_dib)
+    if not (config.dib and config.controls and is_first):
+        return rows
+    for name in config.sets:
+        labels = run.dib_sets[name].labels
+        for split, k in models.splits(run.model, config.linear_splits).items():
+            last = list(run.model[k:].modules())[-1]
+            probe = nn.Sequential(copy.deepcopy(last))
+            generator = torch.Generator().manual_seed(make_seed("noise", config.seed, name, split))
+            noise = torch.randn(len(labels), last.in_features, generator=generator).to(labels.device)
+            samples = Samples(noise, labels)
+
+            def make_probe(probe=probe) -> nn.Sequential:
+                made = copy.deepcopy(probe)
+                made[0].reset_parameters()
+                return made
+
+            results = dib.measure(
+                probe, 0, samples, config.num_classes, make_probe, enumerations=config.enumerations, seed=config.seed
+            )
+            rows += [(name, split, result) for result in results]
     return rows
 
 
@@ -226,10 +260,8 @@ def count_dib_steps(config: Config, name: str) -> int:
     return probes.count_steps(config.dib_epochs, config.dib_samples["train"])
 
 
-def save_epoch(
-    run: Run, epoch: int, scores: dict, collapse: dict, results: list[tuple[str, str, dib.ProbeResult]]
-) -> None:
-    """Append the rows of the epoch to the tables, and replace the checkpoint.
+def save_epoch(run: Run, epoch: int, scores: dict, collapse: dict, results: list[Row], noise: list[Row]) -> None:
+    """Append the rows of the epoch to the tables, write noise.csv if it was measured, and replace the checkpoint.
 
     An epoch is finished when the checkpoint is written. --resume removes the rows of epochs that were not finished.
     """
@@ -240,13 +272,13 @@ def save_epoch(
         "epochs.csv": [(epoch, name, *scores[name], round(seconds[name], 4)) for name in scores],
     }
     folder = Path(run.config.run_dir)
+    if noise:
+        runs.write_table(folder / "noise.csv", schema.NOISE, [(name, split, *result) for name, split, result in noise])
     runs.append_rows(folder, rows)
     checkpoint.save(folder, epoch, configuration.collect_hparams(run.config), run.device, run.parts)
 
 
-def print_epoch(
-    run: Run, epoch: int, scores: dict, collapse: dict, results: list[tuple[str, str, dib.ProbeResult]]
-) -> None:
+def print_epoch(run: Run, epoch: int, scores: dict, collapse: dict, results: list[Row]) -> None:
     """Print the line of an epoch. Values of the test set are in parentheses, NC1 is that of the deepest layer."""
     (train_loss, train_accuracy), (test_loss, test_accuracy) = scores["train"], scores["test"]
     line = [f"epoch {epoch}/{run.config.epochs}"]
@@ -261,9 +293,20 @@ def print_epoch(
             share = dib.compute_suboptimal_share(result for of, _, result in results if of == name)
             shares.append(f"{name} {share:.1%}")
         line.append(f"probes known suboptimal {', '.join(shares)}")
+        line += describe_linear_probes(run, results)
     line.append(", ".join(f"{phase} {run.seconds.get(phase, 0):.1f} s" for phase in ("train", "NC1", "DIB")))
     tqdm.write("  ".join(line))
     sys.stdout.flush()
+
+
+def describe_linear_probes(run: Run, results: list[Row]) -> list[str]:
+    """Return the part of an epoch's line about the linear probes, in a list that is empty if there are none."""
+    linear = [row for _, split, row in results if split in run.config.linear_splits and row.labeling != schema.HELD_OUT]
+    gaps = [row.loss - row.lower for row in linear]
+    if not gaps:
+        return []
+    unproved = sum(gap > schema.PROVED for gap in gaps)
+    return [f"linear probes within {max(gaps):.1g} nats, {unproved} of {len(gaps)} not proved"]
 
 
 def validate_losses(finite: torch.Tensor, epoch: int, learning_rate: float) -> None:

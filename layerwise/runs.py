@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import sys
@@ -87,6 +88,14 @@ def append_rows(folder: Path, rows: dict[str, list[tuple]]) -> None:
             csv.writer(file, lineterminator="\n").writerows(rows[name])
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_table(path: Path, header: str, rows: list[tuple]) -> None:
+    """Write a CSV that does not grow."""
+    text = io.StringIO()
+    text.write(header + "\n")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 def find_newest_run(folder: Path = Path("runs")) -> Path:

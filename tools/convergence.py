@@ -6,8 +6,6 @@ The network is loaded from checkpoint.pt. The results are written to convergence
 draws them.
 """
 
-import csv
-import io
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,14 +54,6 @@ def measure_convergence(run: Run, epoch: int) -> list[tuple]:
     return rows
 
 
-def write_table(folder: Path, rows: list[tuple]) -> None:
-    """Write convergence.csv."""
-    text = io.StringIO()
-    text.write(schema.CONVERGENCE + "\n")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    runs.write_atomically(folder / "convergence.csv", text.getvalue().encode())
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="convergence", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", type=Path, help="folder of the run (default: the newest in runs/)")
@@ -82,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             run, _ = prepare_run(config)
             checkpoint.restore(folder, state, run.device, run.parts)
             messages.running = True
-            write_table(folder, measure_convergence(run, epoch))
+            runs.write_table(folder / "convergence.csv", schema.CONVERGENCE, measure_convergence(run, epoch))
         print(f"done: {folder / 'convergence.csv'}; to draw it: make plots RUN={quote_for_make(folder)}")
 
 

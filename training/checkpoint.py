@@ -27,11 +27,10 @@ def create_run_files(folder: Path, hparams: dict, device: torch.device, parts: d
     tried: the rows of lr_range.csv, empty without a range test. Raises ValueError if the folder cannot be written.
     """
     try:
-        for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv", *RENAMED_FILES):
+        for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv", "noise.csv", *RENAMED_FILES):
             (folder / name).unlink(missing_ok=True)
         if tried:
-            lines = [LR_RANGE, *(",".join(map(str, row)) for row in tried)]
-            runs.write_atomically(folder / "lr_range.csv", ("\n".join(lines) + "\n").encode())
+            runs.write_table(folder / "lr_range.csv", LR_RANGE, tried)
         for name in COLUMNS:
             runs.write_atomically(folder / name, runs.make_header(name))
         save(folder, BEGUN, hparams, device, parts)

@@ -48,11 +48,19 @@ class ProbeGroup:
         """Return the logits (P, C, B) of P probes on the encodings {k: (B, ...)}."""
         raise NotImplementedError
 
-    def compute_losses(self, indices: Tensor) -> Tensor:
-        """Return the mean cross-entropy of each probe on the samples at indices (B,): (P,), in nats."""
+    def copy_probes(self, labeling: int) -> "ProbeGroup":
+        """Return a group of copies of the probes of one labeling, which is trained no further."""
+        raise NotImplementedError
+
+    def compute_sample_losses(self, indices: Tensor) -> Tensor:
+        """Return the cross-entropy of each probe on each of the samples at indices (B,): (P, B), in nats."""
         encodings = {k: source(indices) for k, source in self.sources.items()}
         labels = self.targets[indices].T[self.learns]  # (P, B)
-        return F.cross_entropy(self.compute_logits(encodings), labels, reduction="none").mean(1)  # of (P, C, B)
+        return F.cross_entropy(self.compute_logits(encodings), labels, reduction="none")  # logits are (P, C, B)
+
+    def compute_losses(self, indices: Tensor) -> Tensor:
+        """Return the mean cross-entropy of each probe on the samples at indices (B,): (P,), in nats."""
+        return self.compute_sample_losses(indices).mean(1)
 
     def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
         """Take one step of every probe. Return the losses before it, (P,)."""

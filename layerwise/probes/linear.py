@@ -1,6 +1,15 @@
-"""Linear probes: their loss is convex, and its infimum is computed by L-BFGS and Newton steps."""
+"""Linear probes: their loss is convex. Its infimum is computed, with a proof of how close the computed loss is to it.
 
-from math import log
+Let Z (N, d) be features, Y (N, C) one-hot labels, W (d, C) weights and p = softmax(Z W), so that the loss of W is the
+mean of -log p at the labels. For every q (N, C) whose rows are probabilities, and for which Z^T (q - Y) = 0,
+
+    inf over W of the loss >= (1/N) sum_i H(q_i),
+
+and the loss of W exceeds this bound by exactly the mean of KL(q_i || p_i). Such a q is computed from a Newton step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +17,23 @@ from torch import Tensor, nn
 
 from layerwise.probes.decoders import is_linear, list_layers
 from layerwise.probes.encodings import Source
+from layerwise.schema import PROVED
 
 FEATURE_BYTES = 4 * 2**30  # largest size of the float64 features
+HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most twice this on every sample
+ITERATIONS = (20, 40, 80)  # of L-BFGS, before the bound is computed
+NEWTON_STEPS = 18  # largest number of Newton steps after them, each with a bound
+PRODUCTS = 60  # largest number of products with the Hessian in a Newton step
+
+
+class Basis(NamedTuple):
+    """A singular value decomposition of standardised features: (z - mean) / scale = U diag(S) V^T. All are float64."""
+
+    mean: Tensor  # (1, d)
+    scale: Tensor  # (1, d), infinite for features that are the same for all samples
+    U: Tensor  # (N, r)
+    S: Tensor  # (r,)
+    V: Tensor  # (d, r)
 
 
 def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
@@ -17,90 +41,157 @@ def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
     return is_linear(decoder) and 8 * N * list_layers(decoder)[-1].in_features <= FEATURE_BYTES
 
 
-def fit_linear(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...], targets: Tensor) -> list[float]:
-    """Return the smallest loss of a linear decoder for each labeling of targets (J, N), in nats.
+@torch.no_grad()
+def read_features(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...]) -> Tensor:
+    """Return the inputs (N, d) of the linear layer of a linear decoder, in float64.
 
     Raises ValueError for encodings that are not finite.
     """
-    *before, last = list_layers(decoder)
+    *before, _ = list_layers(decoder)
     before = nn.Sequential(*before).eval()
-    with torch.no_grad():
-        z = torch.cat([before(source(indices)).double() for indices in batches])  # (N, d)
+    z = torch.cat([before(source(indices)).double() for indices in batches])
     if not z.isfinite().all():
         raise ValueError("DIB: the encodings of a linear decoder are not finite")
-    has_bias = last.bias is not None
-    z = whiten(z, has_bias)
-    return [compute_linear_optimum(z, labels, last.out_features, has_bias) for labels in targets]
+    return z
 
 
-def compute_linear_optimum(z: Tensor, labels: Tensor, C: int, bias: bool, within: float = 1e-4) -> float:
-    """Return inf over W and b of the mean cross-entropy of the logits z W + b, in nats. Without a bias, b is 0.
+def decompose(z: Tensor, centred: bool) -> Basis:
+    """Standardise the features z (N, d), float64, and return their singular value decomposition.
 
-    z: whitened features (N, d), float64. labels: (N,) int64. L-BFGS, followed by one Newton step, is repeated until
-    the loss or half the squared Newton decrement is below `within` nats. Half the squared decrement estimates the
-    distance from the infimum; the estimate is too low if the infimum is not attained. The loss after 1,600 iterations
-    is returned otherwise: it is an upper bound.
+    centred: whether the mean of each feature is subtracted. Each feature is divided by its root mean square then, so
+    that small ones count. Singular values below max(N, d) eps of the largest are rounding of float64 and left out.
     """
-    z = torch.cat([z, z.new_ones(len(z), 1)], dim=1) if bias else z
-    if z.shape[1] == 0:  # there are no features
-        return log(C)
-    W = z.new_zeros(z.shape[1], C).requires_grad_()
+    mean = z.mean(0, keepdim=True) if centred else torch.zeros_like(z[:1])
+    varies = (z != z[:1]).any(0) if centred else (z != 0).any(0)  # the centred values of a constant are rounding
+    scale = (z - mean).square().mean(0, keepdim=True).sqrt().where(varies, torch.inf)
+    U, S, Vt = torch.linalg.svd((z - mean) / scale, full_matrices=False)
+    real = S > max(z.shape) * torch.finfo(S.dtype).eps * S.max() if S.numel() else S > 0
+    return Basis(mean, scale, U[:, real], S[real], Vt[real].T)
+
+
+def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tuple[float, float]:
+    """Return (loss, lower) in nats: a loss close to inf over W and b of that of the logits, and a bound below it.
+
+    The logits are U W + b with C columns. Without a bias, b is 0. lower is proved for all decoders whose logits differ
+    by at most 2 HALF_SPAN on every sample. It is 0 if the loss is below PROVED. Otherwise loss - lower <= PROVED, or
+    the number of iterations reached its limit.
+
+    U: orthonormal columns (N, r), float64, of mean 0 if there is a bias. labels: (N,) int64.
+    """
+    if bias:  # the probability of a class without samples goes to 0
+        labels = labels.unique(return_inverse=True)[1]
+        C = int(labels.max()) + 1
+    Z = U * len(U) ** 0.5  # Z^T Z = N I, which makes the problem well-conditioned
+    Z = torch.cat([Z, Z.new_ones(len(Z), 1)], dim=1) if bias else Z
+    Y = F.one_hot(labels, C).double()  # (N, C)
+    W = Z.new_zeros(Z.shape[1], C)
+    minimise = make_minimiser(W, lambda: F.cross_entropy(Z @ W, labels))
+    lower, step = 0.0, None
+    for i, iterations in enumerate([*ITERATIONS, *[0] * NEWTON_STEPS]):
+        if iterations:
+            minimise(iterations)
+        elif not take_step(W, step, lambda: F.cross_entropy(Z @ W, labels)):
+            break
+        logits = Z @ W
+        loss = F.cross_entropy(logits, labels).item()
+        if loss <= PROVED:
+            break
+        p = logits.softmax(1)
+        step = compute_newton_step(Z, p, Y, precondition=i > 0)  # the first bound often suffices without
+        lower = max(lower, compute_dual_bound(Z, p, Y, Z @ step))
+        if loss - lower <= PROVED:
+            break
+    return loss, min(lower, loss)
+
+
+def make_minimiser(W: Tensor, compute_loss: Callable[[], Tensor], tolerance: float = 0) -> Callable[[int], None]:
+    """Return a function that takes a number of iterations of L-BFGS, which change W to lower compute_loss().
+
+    The estimate of the curvature is kept for the next call. Iterations end if no entry of the gradient exceeds the
+    tolerance.
+    """
+    options = {"history_size": 200, "line_search_fn": "strong_wolfe", "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS([W], tolerance_grad=tolerance, **options)
 
     def closure() -> Tensor:
         W.grad = None
-        loss = F.cross_entropy(z @ W, labels)
+        loss = compute_loss()
         loss.backward()
         return loss
 
-    options = {"history_size": 20, "line_search_fn": "strong_wolfe", "tolerance_grad": 0, "tolerance_change": 0}
-    for iterations in (50, 50, 100, 200, 400, 800):  # a Newton step costs as much as a hundred iterations
+    def minimise(iterations: int) -> None:
+        optimizer.param_groups[0].update(max_iter=iterations, max_eval=2 * iterations)
+        W.requires_grad_()
         with torch.enable_grad():
-            torch.optim.LBFGS([W], max_iter=iterations, max_eval=2 * iterations, **options).step(closure)
-        with torch.no_grad():
-            loss = F.cross_entropy(z @ W, labels).item()
-            step, decrement = compute_newton_step(z, labels, W)
-            if min(loss, decrement / 2) < within:
-                break
-            for halvings in range(10):
-                lower = F.cross_entropy(z @ (W - step / 2**halvings), labels).item()
-                if lower < loss:
-                    W -= step / 2**halvings
-                    loss = lower
-                    break
-    return loss
+            optimizer.step(closure)
+        W.requires_grad_(False)
+
+    return minimise
 
 
-def compute_newton_step(z: Tensor, labels: Tensor, W: Tensor, products: int = 200) -> tuple[Tensor, float]:
-    """Return H^-1 g (d, C) and the squared Newton decrement g^T H^-1 g of the mean cross-entropy of the logits z W.
+def take_step(W: Tensor, step: Tensor, compute_loss: Callable[[], Tensor]) -> bool:
+    """Subtract the step from W, halved until the loss falls. Return False, with W as it was, if that does not help."""
+    loss, start = compute_loss(), W.clone()
+    for halvings in range(12):
+        W.copy_(start - step / 2**halvings)
+        if compute_loss() < loss:
+            return True
+    W.copy_(start)
+    return False
 
-    g is the gradient and H the Hessian at W. Conjugate gradients solve for H^-1 g. products: the largest number of
-    products with H. If it is reached, both results are too small.
+
+def compute_newton_step(Z: Tensor, p: Tensor, Y: Tensor, precondition: bool) -> Tensor:
+    """Return x (r, C) with H x = g, by at most PRODUCTS conjugate gradients.
+
+    g = Z^T (p - Y) / N is the gradient of the loss and H its Hessian at p = softmax(Z W). precondition: whether to use
+    the inverse of the blocks of H that belong to one class.
     """
-    p = (z @ W).softmax(1)  # (N, C)
-    g = z.T @ (p - F.one_hot(labels, W.shape[1])) / len(z)  # (d, C)
-    x, r = torch.zeros_like(g), g
-    direction, size = r, r.square().sum()
-    for _ in range(products):
-        u = z @ direction  # (N, C)
-        H = z.T @ (p * (u - (p * u).sum(1, keepdim=True))) / len(z)  # (d, C): the Hessian times the direction
-        curvature = (direction * H).sum()
-        if curvature <= 0 or size <= 1e-12 * g.square().sum():
+    N, r, C = *Z.shape, Y.shape[1]
+    g = Z.T @ (p - Y) / N  # (r, C)
+    precondition = precondition and 8 * C * r**2 <= FEATURE_BYTES
+    factors = factorise_blocks(Z, p) if precondition else None
+
+    def solve(residual: Tensor) -> Tensor:
+        if factors is None:
+            return residual
+        return torch.cholesky_solve(residual.T[:, :, None], factors)[:, :, 0].T
+
+    x, residual = torch.zeros_like(g), g
+    solved = solve(residual)
+    direction, size = solved, (residual * solved).sum()
+    enough = 1e-16 * size
+    for _ in range(PRODUCTS):
+        u = Z @ direction  # (N, C)
+        product = Z.T @ (p * (u - (p * u).sum(1, keepdim=True))) / N  # (r, C): H times the direction
+        curvature = (direction * product).sum()
+        if not (curvature > 0 and size > enough):
             break
-        x, r = x + size / curvature * direction, r - size / curvature * H
-        size, before = r.square().sum(), size
-        direction = r + size / before * direction
-    return x, (g * x).sum().item()
+        x, residual = x + size / curvature * direction, residual - size / curvature * product
+        solved = solve(residual)
+        size, before = (residual * solved).sum(), size
+        direction = solved + size / before * direction
+    return x
 
 
-def whiten(z: Tensor, centred: bool) -> Tensor:
-    """Return an orthogonal basis (N, r) of the columns of z (N, d), of mean square 1. z is float64.
+def factorise_blocks(Z: Tensor, p: Tensor) -> Tensor:
+    """Return the Cholesky factors (C, r, r) of the blocks Z^T diag(p_c (1 - p_c)) Z / N of the Hessian.
 
-    First the columns are centred if `centred`, and scaled to standard deviation 1. Directions below 1e-6 of the largest
-    singular value are rounding of float32 and are left out. Any linear function of z is a linear function of the basis,
-    in which L-BFGS needs a tenth of the iterations.
+    The weights are at least 1e-12. As Z^T Z = N I, the blocks are then positive definite.
     """
-    z = z - z.mean(0) if centred else z
-    spread = z.square().mean(0).sqrt()
-    z = z / torch.where(spread > 1e-6 * spread.max(), spread, 1.0)
-    U, S, _ = torch.linalg.svd(z, full_matrices=False)
-    return U[:, S > 1e-6 * S[0]] * len(z) ** 0.5
+    weights = (p * (1 - p)).clamp_min(1e-12) / len(Z)  # (N, C)
+    return torch.stack([torch.linalg.cholesky((Z * of_class[:, None]).T @ Z) for of_class in weights.T])
+
+
+def compute_dual_bound(Z: Tensor, p: Tensor, Y: Tensor, u: Tensor) -> float:
+    """Return a lower bound on the loss of all W whose logits differ by at most 2 HALF_SPAN on every sample, in nats.
+
+    u: Z x for a Newton step x, (N, C). With it, Z^T (q - Y) is 0 up to the error of the conjugate gradients, which is
+    then subtracted. Where an entry of q is negative, q+ is q with 0 in its place and rows of sum 1. With
+    delta = mean of sum |q+ - q|, the bound is then the mean of H(q+) less HALF_SPAN delta.
+    """
+    q = p * (1 - (u - (p * u).sum(1, keepdim=True)))  # (N, C), rows have sum 1
+    q = q - Z @ (Z.T @ (q - Y)) / len(Z)
+    positive = q.clamp_min(0)
+    positive = positive / positive.sum(1, keepdim=True)
+    delta = (positive - q).abs().sum(1).mean()
+    return (torch.special.entr(positive).sum(1).mean() - HALF_SPAN * delta).item()

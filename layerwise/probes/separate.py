@@ -1,5 +1,7 @@
 """Probes of any architecture, run one by one."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,13 @@ class SeparateProbes(ProbeGroup):
     def compute_logits(self, encodings: dict[int, Tensor]) -> Tensor:
         (x,) = encodings.values()
         return compute_logits_one_by_one(self.modules(), x, self.draws)
+
+    def copy_probes(self, labeling: int) -> "SeparateProbes":
+        part, (k, probes) = copy.copy(self), *self.probes.items()
+        learns = self.learns.tolist()
+        part.probes = {k: [copy.deepcopy(probe) for probe, j in zip(probes, learns, strict=True) if j == labeling]}
+        part.learns = self.learns[self.learns == labeling]
+        return part
 
     def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
         if self.draws is not None:

@@ -1,5 +1,7 @@
 """Stacked MLPs: one tensor has the weights of a layer of all probes, and one product computes the layer."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,16 @@ class StackedProbes(ProbeGroup):
 
     def compute_logits(self, encodings: dict[int, Tensor]) -> Tensor:
         return compute_stacked_logits(self.probes, self.stacks, encodings)
+
+    def copy_probes(self, labeling: int) -> "StackedProbes":
+        part, rows = copy.copy(self), (self.learns == labeling).nonzero().flatten()
+        learned = self.learns.split([len(of_split) for of_split in self.probes.values()])
+        counts = {k: int((learns == labeling).sum()) for k, learns in zip(self.probes, learned, strict=True)}
+        part.probes = {k: self.probes[k][:count] for k, count in counts.items() if count}  # only their number is used
+        part.sources = {k: self.sources[k] for k in part.probes}
+        part.learns = self.learns[rows]
+        part.stacks = {name: stack.detach()[rows[rows < len(stack)]] for name, stack in self.stacks.items()}
+        return part
 
     def select_rows(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Keep only the probes in these rows, the same share of every split, also in the optimizer."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from layerwise.probes.decoders import is_mlp
 from layerwise.probes.group import ProbeGroup
+from layerwise.probes.held_out import Recorder, list_moments
 
 BATCH_SIZE = 400  # of tuned probes
 RATE = 0.2  # learning rate of tuned probes, relative to compute_parameter_sizes
@@ -47,15 +48,26 @@ class Thesis:
         """Return the number of starts of each probe, which differ in initial weights."""
         return 1
 
-    def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
+    def train(
+        self,
+        group: ProbeGroup,
+        sizes: dict[str, float],
+        batch_size: int,
+        generator: torch.Generator,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
         """Train the probes. Return their losses over all samples, (P,) float64, in nats."""
         optimizer = self.optimizer([p for params in group.parameters().values() for p in params])
         for probe in group.modules():
             probe.train()
         N = len(group.targets)
         batches = iterate_batches(N, batch_size, generator, group.targets.device)
-        for _ in show_bar(self.epochs * ceil(N / batch_size)):
+        steps = self.epochs * ceil(N / batch_size)
+        moments = list_moments(steps) if recorder else ()
+        for i in show_bar(steps):
             group.step(optimizer, next(batches))
+            if i + 1 in moments:
+                recorder.record(group, recompute=False)
         return group.compute_final_losses(batch_size)
 
 
@@ -89,10 +101,18 @@ class Tuned:
         """Return the number of starts of each probe, which differ in initial weights."""
         return self.STARTS[0][0] if is_mlp(decoder) else 1
 
-    def train(self, group: ProbeGroup, sizes: dict[str, float], batch_size: int, generator: torch.Generator) -> Tensor:
+    def train(
+        self,
+        group: ProbeGroup,
+        sizes: dict[str, float],
+        batch_size: int,
+        generator: torch.Generator,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
         """Train the probes. Return their losses over all samples, (P,) float64, in nats.
 
-        sizes: {parameter name: size}. The starts of a probe are adjacent in the group.
+        sizes: {parameter name: size}. The starts of a probe are adjacent in the group. recorder: records losses on
+        other samples during the training.
         """
         rates = {name: self.rate * sizes[name] for name in group.parameters()}
         param_groups = [{"params": params, "lr": rates[name]} for name, params in group.parameters().items()]
@@ -103,14 +123,20 @@ class Tuned:
         batches = iterate_batches(N, batch_size, generator, device)
         starts = self.STARTS[0][0]
         running = torch.zeros(len(group.learns), device=device)
+        moments = list_moments(self.steps) if recorder else ()
         for i in show_bar(self.steps):
             count = self.count_starts_in_step(i)
             if group.is_stacked and count < starts:
-                group.select_rows(find_best_starts(running, starts, count), optimizer)
+                rows = find_best_starts(running, starts, count)
+                if recorder:
+                    recorder.select_rows(group.learns, rows)
+                group.select_rows(rows, optimizer)
                 starts, running = count, torch.zeros_like(group.learns, dtype=running.dtype)
             for param_group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 param_group["lr"] = rate * self.compute_rate_factor(i)
             running = 0.9 * running + group.step(optimizer, next(batches))
+            if i + 1 in moments:
+                recorder.record(group, recompute=True)
         one_pass = islice(iterate_batches(N, batch_size, generator, device), ceil(N / batch_size))
         group.recompute_batchnorm_statistics(one_pass)
         return group.compute_final_losses(batch_size)
