@@ -1,5 +1,6 @@
 """The measures as one would first write them: slow and obvious. The tests and the bench compare with them."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from math import ceil
@@ -176,14 +177,17 @@ def solve_newton_step(A: Tensor, p: Tensor, gradient: Tensor) -> Tensor:
     return solved.view(K, d).T
 
 
-def standardise_encodings(layer: nn.Module, z: Tensor) -> Tensor:
+def standardise_encodings(layer: nn.Module, z: Tensor, like: Tensor | None = None) -> Tensor:
     """Return z (N, ...) with standard deviation 1: of each feature before a linear layer, of each channel before a
     convolution. The mean is subtracted if the layer has a bias and does not pad.
+
+    like: encodings whose mean and standard deviation are used (default: z).
     """
     is_convolution = isinstance(layer, nn.Conv2d)
     over = (0, 2, 3) if is_convolution else (0,)
     centred = layer.bias is not None and not (is_convolution and any(layer.padding))
-    return (z - z.mean(over, keepdim=True) * centred) / z.std(over, correction=0, keepdim=True)
+    like = z if like is None else like
+    return (z - like.mean(over, keepdim=True) * centred) / like.std(over, correction=0, keepdim=True)
 
 
 def find_best_alone(losses: list[float], count: int) -> list[int]:
@@ -191,21 +195,50 @@ def find_best_alone(losses: list[float], count: int) -> list[int]:
     return sorted(range(len(losses)), key=losses.__getitem__)[:count]
 
 
+def cross_fit_alone(losses: list[list[float]], in_first: list[bool]) -> float:
+    """Return the mean loss of the samples, each at the moment that is best on the half without it.
+
+    losses: a list for each moment, with the loss of each sample. in_first: whether each sample is in the first half.
+    """
+    own = []
+    for half in (True, False):
+        others = [i for i, first in enumerate(in_first) if first != half]
+        means = [mean(of_moment[i] for i in others) for of_moment in losses]
+        best = losses[means.index(min(value for value in means if value < float("inf")))]
+        own += [best[i] for i, first in enumerate(in_first) if first == half]
+    return mean(own)
+
+
+def score_alone(probe: nn.Module, z: Tensor, batch_size: int, z_other: Tensor, labels_other: Tensor) -> list[float]:
+    """Return the loss of a copy of the probe on each of the other samples, with the BatchNorm statistics of z."""
+    probe = copy.deepcopy(probe)
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.optim.swa_utils.update_bn([z[batch] for batch in order.tensor_split(ceil(len(z) / batch_size))], probe)
+    with torch.no_grad():
+        return F.cross_entropy(probe.eval()(z_other), labels_other, reduction="none").tolist()
+
+
 def tune_probe_alone(
     z: Tensor,
+    z_other: Tensor,
     starts: list[nn.Module],
     labels: Tensor,
+    labels_other: Tensor,
     sizes: dict[str, float],
     rate: float,
     steps: int,
     batch_size: int,
     generator: torch.Generator,
+    moments: set[int],
     find_best: Callable[[list[float], int], list[int]] = find_best_alone,
-) -> float:
-    """Train one probe as Tuned does, and return its final loss. Its starts take their steps one after another.
+) -> tuple[float, list[list[float]]]:
+    """Train one probe as Tuned does. Return its final loss, and its losses on other samples after `moments` steps.
 
-    z: the encodings, standardised. starts: the probe with different initial weights. sizes: of the parameters, to which
-    the rates are relative.
+    Its starts take their steps one after another. The losses on other samples are those of the last start.
+
+    z, z_other: the encodings, standardised. starts: the probe with different initial weights. sizes: of the parameters,
+    to which the rates are relative.
     """
 
     def shuffle_once() -> list[list[int]]:
@@ -218,7 +251,7 @@ def tune_probe_alone(
     runners = []
     for probe in starts:
         groups = [{"params": [p], "lr": 0.0, "size": sizes[name]} for name, p in probe.named_parameters()]
-        runners.append((probe.train(), torch.optim.Adam(groups, betas=(0.8, 0.95), foreach=False, fused=False)))
+        runners.append((probe.train(), torch.optim.Adam(groups, betas=(0.8, 0.95), foreach=False, fused=False), []))
     phases = (
         [(8, 1), (4, 2), (2, 4), (1, 10)] if len(starts) == 8 else [(1, 10)]
     )  # starts, until this tenth of the steps
@@ -226,7 +259,7 @@ def tune_probe_alone(
     for count, tenth in phases:
         end = round(steps * tenth / 10)
         runners, running_losses = [runners[i] for i in find_best(running_losses, count)], []
-        for probe, optimizer in runners:
+        for probe, optimizer, path in runners:
             running = 0.0
             for i in range(begin, end):
                 factor = min(1.0, (i + 1) / (steps / 10))  # the rate grows over a tenth of the steps
@@ -240,12 +273,14 @@ def tune_probe_alone(
                 loss.backward()
                 optimizer.step()
                 running = 0.9 * running + loss.item()
+                if i + 1 in moments:
+                    path.append(score_alone(probe, z, batch_size, z_other, labels_other))
             running_losses.append(running)
         begin = end
-    ((probe, _),) = runners
+    ((probe, _, path),) = runners
     torch.optim.swa_utils.update_bn([z[batch] for batch in shuffle_once()], probe)
     with torch.no_grad():
-        return F.cross_entropy(probe.eval()(z), labels).item()
+        return F.cross_entropy(probe.eval()(z), labels).item(), path
 
 
 def compute_gradient_and_hessian(z: Tensor, labels: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

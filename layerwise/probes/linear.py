@@ -8,7 +8,9 @@ mean of -log p at the labels. For every q (N, C) whose rows are probabilities, a
 and the loss of W exceeds this bound by exactly the mean of KL(q_i || p_i). Such a q is computed from a Newton step.
 """
 
+import copy
 from collections.abc import Callable
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -45,11 +47,12 @@ def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
 def read_features(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...]) -> Tensor:
     """Return the inputs (N, d) of the linear layer of a linear decoder, in float64.
 
-    Raises ValueError for encodings that are not finite.
+    The layers before it are computed in float64, because rounding would add directions, for example to the outputs of
+    a LayerNorm. Raises ValueError for encodings that are not finite.
     """
     *before, _ = list_layers(decoder)
-    before = nn.Sequential(*before).eval()
-    z = torch.cat([before(source(indices)).double() for indices in batches])
+    before = copy.deepcopy(nn.Sequential(*before)).double().eval()
+    z = torch.cat([before(source(indices).double()) for indices in batches])
     if not z.isfinite().all():
         raise ValueError("DIB: the encodings of a linear decoder are not finite")
     return z
@@ -83,6 +86,8 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
         C = int(labels.max()) + 1
     Z = U * len(U) ** 0.5  # Z^T Z = N I, which makes the problem well-conditioned
     Z = torch.cat([Z, Z.new_ones(len(Z), 1)], dim=1) if bias else Z
+    if not Z.shape[1]:  # all logits are 0
+        return log(C), log(C)
     Y = F.one_hot(labels, C).double()  # (N, C)
     W = Z.new_zeros(Z.shape[1], C)
     minimise = make_minimiser(W, lambda: F.cross_entropy(Z @ W, labels))
