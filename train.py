@@ -216,7 +216,8 @@ def measure_dib(run: Run, epoch: int, splits: list[str] | None = None, factor: i
         results = measure_with_retry(f"DIB of the {name} set", measure, batch_size, cache_bytes)
         for k, of_split in results.items():
             rows += [("test" if row.labeling == schema.HELD_OUT else name, names[k], row) for row in of_split]
-    return rows
+    order = list(names.values())
+    return sorted(rows, key=lambda row: (row[0] == "test", order.index(row[1]), row[2].labeling == schema.HELD_OUT))
 
 
 def measure_noise(run: Run, epoch: int) -> list[Row]:

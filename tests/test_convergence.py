@@ -35,7 +35,7 @@ def refusal(capsys, folder: Path, *more: str) -> str:
 @pytest.mark.parametrize("kind", ["tuned", "thesis"])
 def test_with_the_same_steps_probes_are_those_of_the_last_epoch(tmp_path, kind):
     run = tmp_path / "run"
-    train.main([*QUICK, "--probes", kind, "--labelings", "2", "--run-dir", str(run)])
+    train.main([*QUICK, "--probes", kind, "--enumerations", "2", "--run-dir", str(run)])
     checkpoint = (run / "checkpoint.pt").read_bytes()
     convergence.main([str(run)])
     (header,) = read_lines(run / "convergence.csv", "factor")
@@ -52,12 +52,15 @@ def test_with_the_same_steps_probes_are_those_of_the_last_epoch(tmp_path, kind):
     assert [line[2:6] for line in of_input] == [line[1:5] for line in first]  # measured in the first epoch only
     for a, b in zip(of_input, first, strict=True):
         assert float(a[7]) == pytest.approx(float(b[6]), rel=1e-4)
-    uppers = {tuple(line[2:6]): float(line[8]) for line in of_input}
+    uppers = {tuple(line[2:6]): float(line[9]) for line in of_input}
     for _, _, rest in found:  # `upper` of the input is at most that of any layer
-        name, _, *which, _, _, upper = rest.split(",")
-        assert uppers[(name, "input", *which)] <= float(upper)
+        name, _, enumeration, labeling, *_, upper = rest.split(",")
+        assert labeling == "held-out" or uppers[(name, "input", enumeration, labeling)] <= float(upper)
+    held_out = [line for line in of_input if line[5] == "held-out"]
+    assert len(held_out) == 1
+    assert all(line[9] == line[7] for line in held_out)  # no bound but its loss
     assert (run / "checkpoint.pt").read_bytes() == checkpoint
-    train.main([*QUICK, "--probes", kind, "--labelings", "2", "--epochs", "3", "--resume", "--run-dir", str(run)])
+    train.main([*QUICK, "--probes", kind, "--enumerations", "2", "--epochs", "3", "--resume", "--run-dir", str(run)])
     assert not (run / "convergence.csv").exists()  # it was of epoch 2
 
 

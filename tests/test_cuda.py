@@ -110,7 +110,7 @@ def test_probes_are_those_of_the_cpu(make, probes):
 
     torch.manual_seed(0)
     model = make_model()
-    splits, options = range(len(model)), {"probes": probes, "batch_size": 40, "labelings": 2}
+    splits, options = range(len(model)), {"probes": probes, "batch_size": 40, "enumerations": 2}
     expected = dib.measure_splits(model, splits, samples, 3, make_model, **options)
     options["cache_bytes"] = devices.CACHE_BYTES if probes.standardises else 0
     got = dib.measure_splits(model.cuda(), splits, move_to_cuda(samples), 3, make_model, **options)

@@ -12,6 +12,7 @@ import dib
 from layerwise.probes import Task, Thesis, Tuned
 from layerwise.probes.decoders import is_linear
 from layerwise.samples import Samples
+from layerwise.schema import PROVED
 from layerwise.streams import Streams, make_seed
 from relabel import relabel
 from tests.toys import make_conv_net, make_mlp, make_random_net, make_toy_samples
@@ -34,8 +35,8 @@ def test_splits_measured_together_are_what_each_is_alone(make_model, shape, prob
         alone = dib.measure(model, k, samples, 3, make_model, probes=probes, batch_size=40, seed=4)
         for got, expected in zip(together[k], alone, strict=True):
             assert got[:3] == expected[:3]
-            # an optimum is computed to 1e-4 nats, and rounding decides after which iteration
-            near = 1e-4 if probes is not SGD and is_linear(model[k:]) else 1e-9
+            # an optimum is computed to 1e-5 nats, and rounding decides after which iteration
+            near = PROVED if probes is not SGD and is_linear(model[k:]) else 1e-9
             assert got.loss == pytest.approx(expected.loss, rel=1e-9, abs=near)
             assert got.upper <= expected.upper + near
 
@@ -49,19 +50,39 @@ def test_entropy_is_that_of_the_empirical_distribution():
 
 def test_labelings_are_the_labels_and_the_digits_of_every_enumeration():
     samples = make_toy_samples()
-    keys, targets = dib.make_labelings(samples.labels, 3, labelings=3, seed=0)
+    keys, targets = dib.make_labelings(samples.labels, 3, 3, False, seed=0)
     digits = relabel(samples.labels, 3)
     D = digits.shape[1]
-    assert keys == [(0, "y")] + [(p, k) for p in range(3) for k in range(D)]
+    assert keys == [(0, "y")] + [(p, k) for p in (1, 2, 3) for k in range(D)]
     assert torch.equal(targets[0], samples.labels)
-    assert torch.equal(targets[1 : 1 + D], digits.T)
-    assert torch.equal(dib.make_labelings(samples.labels, 3, labelings=2, seed=0)[1], targets[: 1 + 2 * D])
-    for p in (1, 2):  # a random enumeration: other digits, again a different index for each sample of a class
-        other = targets[1 + p * D : 1 + (p + 1) * D].T
+    assert torch.equal(dib.make_labelings(samples.labels, 3, 2, False, seed=0)[1], targets[: 1 + 2 * D])
+    of_enumeration = targets[1:].view(3, D, -1).transpose(1, 2)  # (enumerations, N, D)
+    for p, other in enumerate(of_enumeration):  # each sample of a class has a different number
         assert not torch.equal(other, digits)
+        assert all(not torch.equal(other, one) for one in of_enumeration[:p])
         for c in range(3):
             of_class = samples.labels == c
             assert sorted(other[of_class].tolist()) == digits[of_class].tolist()
+
+
+def test_an_enumeration_in_data_order_is_algorithm_1():
+    samples = make_toy_samples()
+    keys, targets = dib.make_labelings(samples.labels, 3, "data", False, seed=0)
+    digits = relabel(samples.labels, 3)
+    assert keys == [(0, "y")] + [(0, k) for k in range(digits.shape[1])]
+    assert torch.equal(targets[1:], digits.T)
+
+
+def test_shuffled_labels_are_the_labels_in_an_order_that_depends_on_the_seed():
+    samples = make_toy_samples()
+    keys, targets = dib.make_labelings(samples.labels, 3, 1, True, seed=0)
+    without = dib.make_labelings(samples.labels, 3, 1, False, seed=0)
+    assert keys[1] == (0, "shuffled")
+    assert [keys[0], *keys[2:]] == without[0]
+    assert torch.equal(torch.cat([targets[:1], targets[2:]]), without[1])
+    assert torch.equal(targets[1].bincount(), samples.labels.bincount())
+    assert not torch.equal(targets[1], samples.labels)
+    assert not torch.equal(targets[1], dib.make_labelings(samples.labels, 3, 1, True, seed=1)[1][1])
 
 
 def measure(samples: Samples, k: int = 2, probes: Tuned | Thesis = SGD, **options) -> list[dib.ProbeResult]:
@@ -75,7 +96,8 @@ def test_information_where_it_is_known(probes):
     """One-hot inputs determine the labels and nothing else: information is H(Y), and 0 about the digits."""
     labels = torch.arange(81) % 3  # 27 samples a class have 3 digits, which are independent of the class
     samples = Samples(F.one_hot(labels, 3).repeat(1, 2).double(), labels)
-    y, *digits = dib.measure(make_mlp(), 0, samples, 3, make_mlp, probes=probes, batch_size=81)
+    options = {"probes": probes, "enumerations": "data", "controls": False, "batch_size": 81}
+    y, *digits = dib.measure(make_mlp(), 0, samples, 3, make_mlp, **options)
     assert y.entropy - y.loss == pytest.approx(math.log(3), abs=0.01)
     assert [probe.labeling for probe in digits] == [0, 1, 2]
     for probe in digits:
@@ -154,21 +176,23 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
     for place in ("dib.make_seed", "layerwise.streams.make_seed"):
         monkeypatch.setattr(place, lambda *words: seeds.setdefault(words, make_seed(*words)))
     for epoch in (0, 1):
-        options = {"probes": Tuned(8), "labelings": 2, "epoch": epoch}
+        options = {"probes": Tuned(8), "enumerations": 2, "held_out": make_toy_samples(60), "epoch": epoch}
         dib.measure_splits(make_mlp(), [1, 2], make_toy_samples(), 3, make_mlp, **options)
-    assert {words[0] for words in seeds} == {"enumerations", "reference", "again", "head", "batches"}
+    words_of_all = {"enumerations", "shuffled", "halves", "reference", "again", "head", "batches"}
+    assert {words[0] for words in seeds} == words_of_all
     assert len(set(seeds.values())) == len(seeds)
-    J = 1 + 2 * 4  # the largest class has 28 to 81 samples: four digits
+    J = 2 + 2 * 4  # the largest class has 28 to 81 samples: four digits
     assert sum(words[0] == "head" for words in seeds) == 2 * 2 * 8 * J  # epochs, splits, starts
     assert sum(words[0] == "batches" for words in seeds) == 2  # the same batches for all probes of an epoch
-    assert sum(words[0] == "enumerations" for words in seeds) == 1  # the same enumerations in every epoch
+    for word in ("enumerations", "shuffled", "halves"):  # the same in every epoch
+        assert sum(words[0] == word for words in seeds) == 1
 
 
 @PROBES
 def test_every_probe_and_every_start_has_weights_of_its_own(monkeypatch, probes):
     weights, batches = [], []
 
-    def train(probes, group, sizes: dict, batch_size: int, generator: torch.Generator) -> list[float]:
+    def train(probes, group, sizes: dict, batch_size: int, generator: torch.Generator, recorder: None) -> list[float]:
         weights.extend(probe.classifier.weight for probe in group.modules())
         batches.append(generator.initial_seed())
         return [0.0] * (len(group.modules()) // probes.count_starts(make_mlp()))
@@ -177,7 +201,7 @@ def test_every_probe_and_every_start_has_weights_of_its_own(monkeypatch, probes)
     for epoch in (0, 1):
         dib.measure_splits(make_mlp(), [1, 2], make_toy_samples(), 3, make_mlp, probes=probes, epoch=epoch)
     assert len(set(batches)) == 2  # other batches in every epoch
-    assert len(weights) == 2 * 2 * 5 * probes.count_starts(make_mlp())
+    assert len(weights) == 2 * 2 * 6 * probes.count_starts(make_mlp())
     assert len({tuple(weight.flatten().tolist()) for weight in weights}) == len(weights)
 
 
@@ -223,6 +247,22 @@ def test_upper_of_a_decoder_without_bias():
     assert compute_upper(make_net(), make_net(), [0], losses, entropies, network_loss=9.0) == {0: entropies}
 
 
+def test_lower_computed_by_hand():
+    """Bounds go from shallow splits to deep ones. None exceeds `upper`."""
+    task, lowers = make_task(make_net(), make_net(), [0, 1, 2]), [[0.2, 0.0], [0.1, 0.4], [0.3, 0.1]]
+    uppers = {0: [0.5, 0.6], 1: [0.6, 0.7], 2: [0.9, 0.3]}
+    assert dib.compute_lower(task, lowers, uppers) == {0: [0.2, 0.0], 1: [0.2, 0.4], 2: [0.3, 0.3]}
+
+
+def test_lower_is_not_carried_to_a_split_whose_functions_are_not_in_v():
+    model, reference = make_net(), make_net()
+    reference[0].weight.requires_grad_(False)  # with other values than the model's
+    lowers, uppers = [[0.4], [0.1]], {0: [0.5], 1: [0.5]}
+    assert dib.compute_lower(make_task(model, reference, [0, 1]), lowers, uppers) == {0: [0.4], 1: [0.1]}
+    model[0].weight.data.copy_(reference[0].weight)
+    assert dib.compute_lower(make_task(model, reference, [0, 1]), lowers, uppers) == {0: [0.4], 1: [0.4]}
+
+
 def test_a_probe_whose_loss_is_nan_has_an_upper():
     losses = [[math.nan, 0.5], [math.nan, 0.7]]
     found = compute_upper(make_net(), make_net(), [0, 1], losses, [1.0, 1.0], network_loss=0.7)
@@ -261,7 +301,7 @@ def test_upper_is_at_most_every_loss_that_is_known(make_model, shape, probes):
     own = F.cross_entropy(model.eval()(samples.inputs), samples.labels).item()
     for k, of_split in found.items():
         for j, probe in enumerate(of_split):
-            assert probe.upper <= min(probe.loss, probe.entropy)
+            assert 0 <= probe.lower <= probe.upper <= min(probe.loss, probe.entropy)
             assert all(probe.upper <= deeper[j].upper for other, deeper in found.items() if other > k)
         assert of_split[0].upper <= own + 1e-12
 
@@ -269,11 +309,14 @@ def test_upper_is_at_most_every_loss_that_is_known(make_model, shape, probes):
 def test_a_linear_decoder_gets_its_optimum():
     """The optimum does not depend on the seed, and trained probes are not better."""
     samples, model = make_toy_samples(), make_mlp()
-    a, b = (dib.measure(model, 3, samples, 3, make_mlp, probes=Tuned(8), seed=seed) for seed in (0, 1))
+    find = partial(dib.measure, model, 3, samples, 3, make_mlp, enumerations="data", controls=False)
+    a, b = (find(probes=Tuned(8), seed=seed) for seed in (0, 1))
     assert a == b
-    trained = dib.measure(model, 3, samples, 3, make_mlp, probes=Thesis(partial(torch.optim.Adam, lr=0.1), 100))
-    assert all(probe.loss <= other.loss + 1e-4 for probe, other in zip(a, trained, strict=True))
-    briefly = dib.measure(model, 3, samples, 3, make_mlp, probes=SGD)
+    trained = find(probes=Thesis(partial(torch.optim.Adam, lr=0.1), 100))
+    assert all(probe.loss <= other.loss + PROVED for probe, other in zip(a, trained, strict=True))
+    assert all(probe.lower <= other.loss for probe, other in zip(a, trained, strict=True))
+    assert all(probe.loss - probe.lower <= PROVED for probe in a)
+    briefly = find(probes=SGD)
     assert any(probe.loss < other.loss for probe, other in zip(a, briefly, strict=True))
 
 
@@ -286,13 +329,16 @@ def test_the_loss_of_the_network_itself_is_exact():
     for size in (1, 7, 90):
         for given, loss in zip((samples, few), expected, strict=True):
             task = make_task(model, model, [0], given.inputs.__getitem__)
-            assert dib.compute_network_loss(task, given.labels, size) == pytest.approx(loss, rel=1e-12)
+            found = dib.compute_network_loss(task, task.inputs, given.labels, size)
+            assert found == pytest.approx(loss, rel=1e-12)
 
 
 def test_the_share_of_probes_that_are_known_suboptimal():
     bit = math.log(2)
     pairs = [(0.5, 0.5), (0.5, 0.5 - 0.0009 * bit), (0.5, 0.5 - 0.0011 * bit), (0.5, 0.1), (math.nan, 0.5)]
-    assert dib.compute_suboptimal_share(dib.ProbeResult(0, 0, 1.0, loss, upper) for loss, upper in pairs) == 3 / 5
+    results = [dib.ProbeResult(0, 0, 1.0, loss, 0.0, upper) for loss, upper in pairs]
+    held_out = dib.ProbeResult(0, "held-out", 1.0, 0.5, 0.0, 0.5)  # not counted
+    assert dib.compute_suboptimal_share([*results, held_out]) == 3 / 5
 
 
 @pytest.mark.parametrize("k", [-1, 4])
@@ -301,9 +347,10 @@ def test_a_split_that_leaves_no_decoder_is_refused(k):
         measure(make_toy_samples(), k)
 
 
-def test_less_than_one_enumeration_is_refused():
-    with pytest.raises(ValueError, match="labelings must be at least 1, got 0"):
-        measure(make_toy_samples(), labelings=0)
+@pytest.mark.parametrize("enumerations", [0, "all", 1.5])
+def test_less_than_one_enumeration_is_refused(enumerations):
+    with pytest.raises(ValueError, match=f'enumerations must be "data" or .* at least 1, got {enumerations!r}'):
+        measure(make_toy_samples(), enumerations=enumerations)
 
 
 def test_a_decoder_with_a_frozen_bias_has_no_known_constant():
@@ -347,7 +394,7 @@ def test_a_decoder_without_trainable_parameters_is_measured_as_it_is(probes):
         return model
 
     samples, model = make_toy_samples(), make_model()
-    _, targets = dib.make_labelings(samples.labels, 3, labelings=1, seed=0)
+    _, targets = dib.make_labelings(samples.labels, 3, 1, True, seed=0)
     with torch.no_grad():
         logits = model(samples.inputs)
     expected = [F.cross_entropy(logits, target).item() for target in targets]
@@ -378,7 +425,8 @@ def test_encodings_and_outputs_that_are_not_finite_are_refused():
     samples.inputs[3] = 1e200
 
     def compute_network_loss(splits: list[int]) -> float:
-        return dib.compute_network_loss(make_task(model, model, splits, samples.inputs.__getitem__), samples.labels, 40)
+        task = make_task(model, model, splits)
+        return dib.compute_network_loss(task, samples.inputs.__getitem__, samples.labels, 40)
 
     assert math.isfinite(compute_network_loss([0, 1, 2, 3]))
     samples.inputs[3] = math.inf
@@ -417,3 +465,79 @@ def test_frozen_parameters_that_are_drawn_anew_are_measured(probes):
 
     found = dib.measure_splits(make_model(), [0, 3], make_toy_samples(), 3, make_model, probes=probes)
     assert all(probe.upper == min(probe.loss, probe.entropy) for probe in found[0])
+
+
+# Encodings that coincide, and samples held out
+
+
+@PROBES
+def test_samples_with_equal_encodings_bound_the_loss_from_below(probes):
+    """A layer maps all samples to three encodings. Within each, all labels are equally frequent."""
+
+    def make_model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+
+    labels = torch.arange(90) % 3
+    samples = Samples((torch.arange(90) // 30).double()[:, None], labels)
+    found = dib.measure_splits(make_model(), [0, 1], samples, 3, make_model, probes=probes)
+    for of_split in found.values():
+        y, *others = of_split
+        assert y.lower == pytest.approx(math.log(3), abs=1e-9)
+        assert all(0 < probe.lower <= probe.upper for probe in others)
+
+
+@PROBES
+@pytest.mark.parametrize(
+    ("make_model", "shape"), [(make_mlp, (6,)), (make_conv_net, (1, 5, 5)), (make_random_net, (6,))]
+)
+def test_samples_held_out_change_no_other_result(make_model, shape, probes):
+    samples, other = make_toy_samples(shape=shape), make_toy_samples(60, shape=shape)
+    torch.manual_seed(0)
+    find = partial(dib.measure_splits, make_model(), [0, 1, 2], samples, 3, make_model, probes=probes, batch_size=40)
+    found, without = find(held_out=other), find()
+    shares = samples.labels.bincount() / len(samples)
+    entropy = -shares[other.labels].log().mean().item()
+    for k, of_split in found.items():
+        *rest, last = of_split
+        assert rest == without[k]
+        assert last[:2] == (0, "held-out")
+        assert last.entropy == pytest.approx(entropy, rel=1e-6)
+        assert (last.lower, last.upper) == (0, last.loss)
+        assert math.isfinite(last.loss)
+    assert find(held_out=other, controls=False) == find(controls=False)
+
+
+def test_the_held_out_loss_of_an_untrained_probe_is_that_of_a_new_decoder():
+    samples, other, model = make_toy_samples(), make_toy_samples(60), make_mlp()
+    *_, found = dib.measure(model, 1, samples, 3, make_mlp, probes=UNTRAINED, held_out=other)
+    torch.manual_seed(make_seed("head", 0, 0, 1, 0, 0))
+    with torch.no_grad():
+        expected = F.cross_entropy(make_mlp()[1:](model[:1](other.inputs)), other.labels)
+    assert found.loss == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_samples_held_out_are_scored_before_probes_memorise():
+    """Labels that are unrelated to the inputs are memorised, which costs much on other samples."""
+    torch.manual_seed(0)
+    samples, other = (Samples(torch.randn(40, 6).double(), torch.arange(40) % 3) for _ in range(2))
+    for k, most in ((0, 0.5), (3, 0.95)):
+        y, *_, held_out = dib.measure(make_mlp(), k, samples, 3, make_mlp, probes=Tuned(400), held_out=other)
+        assert y.loss < most * y.entropy
+        assert held_out.loss < 1.2 * held_out.entropy
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0], "at least two samples"), ([0, 1, 3, 0], "class 3, and the samples of the probes have none")],
+)
+def test_samples_that_cannot_be_held_out_are_refused(labels, message):
+    other = Samples(torch.randn(len(labels), 6).double(), torch.tensor(labels))
+    with pytest.raises(ValueError, match=f"DIB: held_out .*{message}"):
+        measure(make_toy_samples(), held_out=other)
+
+
+def test_held_out_samples_whose_encodings_are_not_finite_are_refused():
+    other = make_toy_samples(60)
+    other.inputs[7] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        measure(make_toy_samples(), k=1, held_out=other)

@@ -61,7 +61,7 @@ def measure_all() -> dict:
     ):
         model, samples = make_model(), make_toy_samples(N)
         for probes in (dib.Thesis(partial(torch.optim.SGD, lr=0.1), 12), dib.Tuned(20)):
-            options = {"probes": probes, "labelings": 2, "batch_size": 40}
+            options = {"probes": probes, "enumerations": 2, "held_out": make_toy_samples(50), "batch_size": 40}
             results = dib.measure_splits(model, splits, samples, 3, make_model, **options)
             found[f"DIB {name}, {type(probes).__name__}"] = results
     return found

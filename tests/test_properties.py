@@ -85,7 +85,7 @@ def test_flags_are_parsed_or_refused_in_one_line(arguments):
             if not refused and stop.code != 0:  # 0: --help
                 raise AssertionError(f"{stop.code}: {lines}") from stop
             return
-    counts = (config.batch_size, config.epochs, config.dib_epochs, config.labelings, *(config.widths or []))
+    counts = (config.batch_size, config.epochs, config.dib_epochs, config.enumerations, *(config.widths or []))
     assert all(n >= 1 for n in counts)
     assert config.learning_rate is None or 0 < config.learning_rate < math.inf
     assert config.seed >= 0

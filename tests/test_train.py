@@ -34,7 +34,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_has_all_rows_and_files_that_are_documented(tmp_path, capsys):
-    tables = train_and_read(tmp_path / "run", "--labelings", "2", "-nl", "Tanh")
+    tables = train_and_read(tmp_path / "run", "--enumerations", "2", "-nl", "Tanh")
     assert [",".join(t.columns) for t in tables.values()] == list(schema.COLUMNS.values())
     collapse, probes, epochs = tables.values()
     assert epochs[["epoch", "set"]].values.tolist() == [[e, s] for e in (0, 1, 2) for s in ("train", "test")]
@@ -59,9 +59,22 @@ def test_a_run_has_all_rows_and_files_that_are_documented(tmp_path, capsys):
         for s in ("train", "test")
         for split in ("input", "hidden1", "hidden2")
         if e == 0 or split != "input"  # without an encoder nothing changes: it is measured once
-        for p, labeling in [(0, "y")] + [(p, str(k)) for p in (0, 1) for k in range(D[s])]
+        for p, labeling in [
+            *[(0, "y"), (0, "shuffled")],
+            *[(p, str(k)) for p in (1, 2) for k in range(D[s])],
+            *([(0, "held-out")] if s == "test" else []),
+        ]
     ]
-    assert probes[["epoch", "set", "split", "permutation", "labeling"]].values.tolist() == expected
+    assert probes[["epoch", "set", "split", "enumeration", "labeling"]].values.tolist() == expected
+    assert (0 <= probes["lower"]).all()
+    assert (probes["lower"] <= probes["upper"]).all()
+    assert (probes["upper"] <= probes["loss"]).all()
+    noise = pd.read_csv(tmp_path / "run" / "noise.csv")
+    assert ",".join(noise.columns) == schema.NOISE
+    is_known = (probes["epoch"] == 0) & (probes["split"] == "hidden2") & (probes["labeling"] != "held-out")
+    columns = ["set", "split", "enumeration", "labeling", "entropy"]  # of the same labelings
+    assert noise[columns].values.tolist() == probes.loc[is_known, columns].values.tolist()
+    assert (noise["loss"] - noise["lower"] <= schema.PROVED).all()
 
     hparams = json.loads((tmp_path / "run" / "hparams.json").read_text())
     assert hparams["widths"] == [4, 3]
@@ -112,18 +125,21 @@ def test_probes_are_trained_as_the_flags_say(tmp_path, monkeypatch, kind, size):
     """
     seen = []
 
-    def watch(model, splits, samples, C, make_model, *, probes, batch_size, **rest):
-        seen.append((len(samples), batch_size, probes))
+    def watch(model, splits, samples, C, make_model, *, probes, batch_size, held_out, **rest):
+        seen.append((len(samples), batch_size, probes, held_out and len(held_out)))
         assert size is None or torch.bincount(samples.labels).tolist() == [50, 50]
-        return {k: [dib.ProbeResult(0, "y", 1.0, 1.0, 0.5), dib.ProbeResult(0, 0, 1.0, 0.5, 0.5)] for k in splits}
+        values = {"y": 1.0, 0: 0.5}
+        return {k: [dib.ProbeResult(0, name, 1.0, loss, 0.0, 0.5) for name, loss in values.items()] for k in splits}
 
     monkeypatch.setattr(dib, "measure_splits", watch)
+    monkeypatch.setattr(train, "measure_noise", lambda *_: [])
     flags = ["--epochs", "1", "--probes", kind, "-b", "60", "-opt", "SGD", "-lr", "0.5", "--dib-epochs", "3"]
     flags += ["--dib-size", str(size)] if size else []
     train_and_read(tmp_path / "run", "-d", "SZT", *flags, *(["--dib-lr", "0.3"] if kind == "tuned" else []))
     sizes = [size, size] if size else [3481, 615]
     assert [N for N, *_ in seen] == 2 * sizes  # in epochs 0 and 1
-    for _, batch_size, probes in seen:
+    assert [N for *_, N in seen] == 2 * [sizes[1], None]  # the test set is held out from the probes of the training set
+    for _, batch_size, probes, _ in seen:
         if kind == "tuned":
             assert (batch_size, probes) == (400, dib.Tuned(3 * 20, 0.3))  # at least 20 batches an epoch
         else:
@@ -142,11 +158,38 @@ def test_a_run_may_measure_no_split_but_the_input(tmp_path):
 
 def test_the_line_of_an_epoch_has_the_share_of_probes_known_suboptimal(tmp_path, monkeypatch, capsys):
     one = {"train": 0.5 + 1.1 * schema.SUBOPTIMAL, "test": 0.5 + 0.9 * schema.SUBOPTIMAL}
-    results = [dib.ProbeResult(0, 0, 1.0, loss, 0.5) for loss in (0.5, 0.5)]
+    results = [dib.ProbeResult(0, 0, 1.0, loss, 0.0, 0.5) for loss in (0.5, 0.5)]
     rows = [(name, "hidden1", result) for name in one for result in (*results, results[0]._replace(loss=one[name]))]
     monkeypatch.setattr(train, "measure_dib", lambda *_: rows)
     train_and_read(tmp_path / "run", "--epochs", "1")
     assert "  probes known suboptimal train 33.3%, test 0.0%  " in capsys.readouterr().out
+
+
+def test_the_line_of_an_epoch_has_the_largest_gap_of_linear_probes(tmp_path, monkeypatch, capsys):
+    gaps = [("hidden1", 0, 0.3), ("hidden2", 0, 5e-6), ("hidden2", 1, 2e-4), ("hidden2", "held-out", 0.4)]
+    rows = [("train", split, dib.ProbeResult(0, name, 1.0, 0.5, 0.5 - gap, 0.5)) for split, name, gap in gaps]
+    monkeypatch.setattr(train, "measure_dib", lambda *_: rows)
+    train_and_read(tmp_path / "run", "--epochs", "1", "--sets", "train")
+    assert "  linear probes within 0.0002 nats, 1 of 2 not proved  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_shuffled", "has_held_out", "has_noise"),
+    [
+        ([], True, True, True),
+        (["--no-controls"], False, False, False),
+        (["--sets", "train"], True, False, True),
+        (["--sets", "test"], True, False, True),
+        (["--splits", "hidden1"], True, True, False),  # no linear probes
+        (["--probes", "thesis"], True, True, False),  # they are not solved
+    ],
+)
+def test_controls_are_measured_unless_the_flags_leave_them_out(tmp_path, flags, has_shuffled, has_held_out, has_noise):
+    rows = train_and_read(tmp_path / "run", "--epochs", "1", "--dib-size", "50", *flags)["dib.csv"]
+    assert (rows["labeling"] == "shuffled").any() == has_shuffled
+    assert (rows["labeling"] == "held-out").any() == has_held_out
+    assert set(rows.loc[rows["labeling"] == "held-out", "set"]) <= {"test"}
+    assert (tmp_path / "run" / "noise.csv").exists() == has_noise
 
 
 SLOW_IN_LOWER_PRECISION = [(p, m) for p in ("float16", "bfloat16") for m in ("CIFARNet", "ResNet")]  # on a CPU
@@ -192,13 +235,13 @@ def test_dib_does_not_depend_on_what_else_is_measured(tmp_path):
     everything = train_and_read(tmp_path / "a")["dib.csv"]
     train_and_read(tmp_path / "without", "--no-nc1")
     assert (tmp_path / "a" / "dib.csv").read_bytes() == (tmp_path / "without" / "dib.csv").read_bytes()
-    flags = ["--no-nc1", "--sets", "test", "--splits", "hidden2", "--labelings", "2"]
+    flags = ["--no-nc1", "--sets", "test", "--splits", "hidden2", "--enumerations", "2"]
     part = train_and_read(tmp_path / "b", *flags)["dib.csv"]
-    expected = everything.query("set == 'test' and split == 'hidden2'")
-    got = part.query("permutation == 0")
+    expected = everything.query("set == 'test' and split == 'hidden2' and labeling != 'held-out'")
+    got = part.query("enumeration < 2")
     # probes of another enumeration are trained together with these, which may change rounding
     pd.testing.assert_series_equal(got["loss"], expected["loss"], check_index=False, rtol=1e-5)
-    assert set(part["permutation"]) == {0, 1}
+    assert set(part["enumeration"]) == {0, 1, 2}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -242,7 +285,9 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
         (["--epochs", "2.5"], "--epochs: invalid int value: '2.5'"),
         (["--seed", "9" * 20], "--seed: expected a number below 2^63, got 999"),
         (["--dib-epochs", "0"], "--dib-epochs: expected a number of at least 1, got 0"),
-        (["--labelings", "0"], "--labelings: expected a number of at least 1, got 0"),
+        (["--enumerations", "0"], "--enumerations: expected a number of at least 1 or data, got 0"),
+        (["--enumerations", "all"], "--enumerations: expected a number of at least 1 or data, got all"),
+        (["--labelings", "2"], "--labelings is now --enumerations"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--device", "gpu"], "--device gpu is not available: expected one of cpu"),
         (["--data", "MNIST", "--data-dir", "nowhere"], "MNIST was not found intact in"),

@@ -55,6 +55,7 @@ ADAMW = partial(torch.optim.AdamW, lr=2e-3, fused=True)
 UNMEASURED = ("--no-nc1", "--no-dib")  # flags of train.py
 THREADS = torch.get_num_threads()
 BIT = math.log(2)  # nats
+PLAIN = {"enumerations": "data", "controls": False}  # of DIB: no more probes than the algorithm as it was first written
 T = TypeVar("T")
 
 
@@ -146,10 +147,10 @@ def bench_dib() -> Iterator[Row]:
         model, C = make_model().to(DEVICE), 2 if name == "MLP" else 10
         splits = list(models.splits(model, names).values())
         x, _ = samples.batch(torch.arange(N, device=DEVICE))
-        _, labelings = dib.make_labelings(samples.labels, C, labelings=1, seed=0)
+        _, labelings = dib.make_labelings(samples.labels, C, "data", False, 0)
 
         def measure(model=model, splits=splits, samples=samples, C=C, make_model=make_model, epochs=epochs) -> None:
-            dib.measure_splits(model, splits, samples, C, make_model, probes=Thesis(ADAMW, epochs))
+            dib.measure_splits(model, splits, samples, C, make_model, probes=Thesis(ADAMW, epochs), **PLAIN)
 
         def train_alone(
             model=model, splits=splits, x=x, labelings=labelings, make_model=make_model, epochs=epochs
@@ -516,13 +517,13 @@ def bench_probes_of_mlp(slow: bool) -> Iterator[Row]:
     run, _ = train_network(*UNMEASURED)
     model, samples = run.model, run.sets["train"]
     splits = models.splits(model)
-    keys, labelings = dib.make_labelings(samples.labels, 2, 1, 0)
+    keys, labelings = dib.make_labelings(samples.labels, 2, "data", False, 0)
     steps = count_steps(30, len(samples))
 
     def measure(
         kind: Tuned, seed: int = 0, splits: Iterable[int] = splits.values()
     ) -> dict[int, list[dib.ProbeResult]]:
-        return dib.measure_splits(model, splits, samples, 2, run.make_model, probes=kind, seed=seed, epoch=15)
+        return dib.measure_splits(model, splits, samples, 2, run.make_model, probes=kind, seed=seed, epoch=15, **PLAIN)
 
     measured = measure(Tuned(steps))
     least = find_reference(lambda *of_run: collect_uppers(measure(*of_run)), steps, slow)
@@ -585,13 +586,13 @@ def bench_probes_of_mnistnet(data_dir: str, slow: bool) -> Iterator[Row]:
     run, _ = train_network("-m", "MNISTNet", *flags, "--epochs", "4", *UNMEASURED)
     model, samples = run.model, run.sets["train"]
     splits = models.splits(model, ["conv2", "hidden1"])
-    _, labelings = dib.make_labelings(samples.labels, 10, 1, 0)
+    _, labelings = dib.make_labelings(samples.labels, 10, "data", False, 0)
     steps = count_steps(30, len(samples))
 
     def measure(
         kind: Tuned, seed: int = 0, splits: Iterable[int] = splits.values()
     ) -> dict[int, list[dib.ProbeResult]]:
-        return dib.measure_splits(model, splits, samples, 10, run.make_model, probes=kind, seed=seed, epoch=4)
+        return dib.measure_splits(model, splits, samples, 10, run.make_model, probes=kind, seed=seed, epoch=4, **PLAIN)
 
     measured, ours = call_and_time(lambda: measure(Tuned(steps)))
     k = splits["conv2"]
@@ -628,8 +629,7 @@ def fit_probes(run: setup.Run, k: int, labelings: torch.Tensor, kind: Tuned | Th
     """
     streams, samples = Streams(seed, 0, DEVICE), run.sets["train"]
     task = dib.make_task(run.model, [k], samples, run.config.num_classes, labelings, run.make_model, streams)
-    (losses,) = fit(task, kind, batch_size=BATCH_SIZE, cache_bytes=devices.CACHE_BYTES)
-    return losses
+    return fit(task, kind, batch_size=BATCH_SIZE, cache_bytes=devices.CACHE_BYTES).losses[0]
 
 
 def bench_convolutional_probes(args: argparse.Namespace) -> Iterator[Row]:
@@ -647,7 +647,7 @@ def bench_convolutional_probes(args: argparse.Namespace) -> Iterator[Row]:
     for name, split, goals, goal in cases:
         run, _ = train_network("-m", name, "-d", "bench", *UNMEASURED)
         k, samples = models.splits(run.model, [split])[split], run.sets["train"]
-        keys, labelings = dib.make_labelings(samples.labels, 10, 1, 0)
+        keys, labelings = dib.make_labelings(samples.labels, 10, "data", False, 0)
         labelings = labelings[[keys.index((0, labeling)) for labeling in ("y", 1)]]
         fit_kind = partial(fit_probes, run, k, labelings)
         found, ours = call_and_time(partial(fit_kind, Tuned(30)))

@@ -33,8 +33,13 @@ def measure_last_epoch(run: Run, epoch: int, factor: int) -> list[Row]:
 
 
 def take_smallest_upper(row: Row, deeper: list[Row]) -> Row:
-    """Return the row, with `upper` lowered to that of a deeper split of the same set and labeling, if smaller."""
+    """Return the row, with `upper` lowered to that of a deeper split of the same set and labeling, if smaller.
+
+    The held-out loss has no other upper bound.
+    """
     set_name, split, result = row
+    if result.labeling == schema.HELD_OUT:
+        return row
     uppers = [result.upper]
     for other_set, _, other in deeper:
         if (other_set, other.enumeration, other.labeling) == (set_name, result.enumeration, result.labeling):
