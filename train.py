@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from math import ceil, isfinite
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import dib
@@ -228,27 +229,23 @@ def measure_noise(run: Run, epoch: int) -> list[Row]:
     """
     config, rows = run.config, []
     is_first = epoch == configuration.get_first_measured(config.measure_dib)
-    if not (config.dib and config.controls and is_first):
-        return rows
-    for name in config.sets:
-        labels = run.dib_sets[name].labels
-        for split, k in models.splits(run.model, config.linear_splits).items():
-            last = list(run.model[k:].modules())[-1]
-            probe = nn.Sequential(copy.deepcopy(last))
+    if config.dib and config.controls and is_first:
+        for name, (split, k) in product(config.sets, models.splits(run.model, config.linear_splits).items()):
             generator = torch.Generator().manual_seed(make_seed("noise", config.seed, name, split))
-            noise = torch.randn(len(labels), last.in_features, generator=generator).to(labels.device)
-            samples = Samples(noise, labels)
-
-            def make_probe(probe=probe) -> nn.Sequential:
-                made = copy.deepcopy(probe)
-                made[0].reset_parameters()
-                return made
-
-            results = dib.measure(
-                probe, 0, samples, config.num_classes, make_probe, enumerations=config.enumerations, seed=config.seed
-            )
+            results = fit_noise(list(run.model[k:].modules())[-1], run.dib_sets[name].labels, generator, config)
             rows += [(name, split, result) for result in results]
     return rows
+
+
+def fit_noise(layer: nn.Linear, labels: Tensor, generator: torch.Generator, config: Config) -> list[dib.ProbeResult]:
+    """Return the results of probes like the linear layer, on Gaussian features with these labels (N,)."""
+
+    def make_model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(layer.in_features, layer.out_features, layer.bias is not None))
+
+    samples = Samples(torch.randn(len(labels), layer.in_features, generator=generator).to(labels.device), labels)
+    options = {"enumerations": config.enumerations, "seed": config.seed}
+    return dib.measure(nn.Sequential(copy.deepcopy(layer)), 0, samples, config.num_classes, make_model, **options)
 
 
 def count_dib_steps(config: Config, name: str) -> int:
@@ -310,7 +307,7 @@ def describe_linear_probes(run: Run, results: list[Row]) -> list[str]:
     return [f"linear probes within {max(gaps):.1g} nats, {unproved} of {len(gaps)} not proved"]
 
 
-def validate_losses(finite: torch.Tensor, epoch: int, learning_rate: float) -> None:
+def validate_losses(finite: Tensor, epoch: int, learning_rate: float) -> None:
     """Raise FloatingPointError if the loss of a step is not finite. finite: (steps,), True for later steps."""
     if not finite.all():
         step = 1 + int(finite.int().argmin())
