@@ -12,6 +12,7 @@ import pytest
 from analysis import statistics, tables
 from tests.toys import write_run
 from tools import findings, study
+from training import configuration
 
 LAYERS = ["hidden1", "hidden2", "hidden3"]
 
@@ -118,6 +119,13 @@ def test_the_document_has_every_table_and_figure():
     for name, (_, sweeps) in study.TABLES.items():
         part = text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
         assert {row.split("|")[1].strip() for row in part[2:]} == set(sweeps), name
+
+
+def test_the_commands_measure_what_the_document_shows():
+    """Its figures and tables show digits in data order, without controls."""
+    for name, sweep in study.SWEEPS.items():
+        config = configuration.parse(sweep.flags.split())
+        assert not config.dib or (config.enumerations, config.controls) == ("data", False), name
 
 
 def test_programs_start_from_any_folder(tmp_path, monkeypatch):
