@@ -44,9 +44,9 @@ def test_the_example_runs(capsys):
     exec(compile(example, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["NC1", "layer4"], ["NC1", "pool"]]
-    found = [re.fullmatch(r"DIB (y|\d) at least (\S+) nats", line) for line in lines[2:]]
-    assert [match[1] for match in found] == ["y", "0", "1", "2"]
-    assert all(0 <= float(match[2]) <= math.log(3) for match in found)
+    found = [re.fullmatch(r"DIB (y|shuffled|\d) from (\S+) to (\S+) nats", line) for line in lines[2:]]
+    assert [match[1] for match in found] == ["y", "shuffled", "0", "1", "2"]
+    assert all(0 <= float(match[2]) <= float(match[3]) <= math.log(3) for match in found)
 
 
 @pytest.fixture
