@@ -9,20 +9,34 @@ A labeling t assigns one of C labels to each sample. Its V-entropy is
 
 and H(t) - H_V(t) is the information about t that a decoder can use. H is the empirical entropy. The unit is nats.
 
-Minimality is the mean information over the labelings that relabel.py makes. Together, these labelings distinguish the
-samples of each class. Sufficiency is the information about the original labels (Dubois et al., NeurIPS 2020, arXiv
-2009.12789). Both are measured on a finite number of samples, and both grow as that number decreases.
+Minimality is the mean information about the labelings that relabel.py makes. For this, the samples of each class are
+numbered (an enumeration), and the numbers are written in base C. Each digit is a labeling. Together, the digits
+distinguish the samples of each class (Dubois et al., NeurIPS 2020, arXiv 2009.12789). Enumerations are random by
+default, because data order may be related to the inputs. The digits of a random enumeration are random labels, so
+minimality is what V_k can memorise of these encodings. Sufficiency is the information about the original labels. Both
+are measured on a finite number of samples, and both grow as that number decreases. Two controls show by how much:
 
-H_V cannot be computed exactly. The loss of any decoder is an upper bound on it. A probe is a newly initialised decoder
-that is trained on E(x) (layerwise/probes). Its `loss` is the mean cross-entropy over all samples after training.
-`upper` is the smallest known upper bound on H_V, the minimum of the loss of the probe and
+- `shuffled`: the original labels in a random order. Sufficiency up to this level can be memorisation.
+- `held-out`: the probe of the original labels is scored on other samples (layerwise/probes/held_out.py). Its entropy is
+  the cross-entropy of their labels under the class shares of its own samples. So a constant has the information 0, and
+  the information may be negative. It is not bounded by the rules below.
+
+H_V cannot be computed exactly. A probe is a newly initialised decoder that is trained on E(x) (layerwise/probes). Its
+`loss` is the mean cross-entropy over all samples after training. The loss of any decoder is an upper bound on H_V.
+`upper` is the smallest known upper bound, the minimum of the loss of the probe and
 
 1. `upper` of a deeper split k': the function of model[k:k'], with its current weights, and then any decoder of split k'
    is in V_k.
 2. The loss of the network, for the original labels.
 3. The loss of the best constant logits, if the last layer is linear: H(t) if that layer has a bias, log C if not.
 
-1 and 2 hold only if the frozen parameters of the decoder have the same values in the model and after make_model().
+`lower` is the largest known lower bound, the maximum of 0 and
+
+4. For linear probes, the dual bound of layerwise/probes/linear.py.
+5. The entropy of the labeling given E(x): a decoder returns the same for samples with equal encodings.
+6. `lower` of a shallower split k', because V_k' has the functions that rule 1 names.
+
+1, 2 and 6 hold only if the frozen parameters of the decoder have the same values in the model and after make_model().
 
 analysis/statistics.py computes information from these numbers.
 """
@@ -114,7 +128,7 @@ def measure_splits(
     batch_size: int = BATCH_SIZE,
     cache_bytes: int = devices.CACHE_BYTES,
 ) -> dict[int, list[ProbeResult]]:
-    """Return {k: results}. The first result is that of the original labels, then those of each enumeration follow.
+    """Return {k: results}: those of the labels, of the shuffled labels, of each enumeration, and of held-out samples.
 
     Parameters:
         model: an nn.Sequential that returns logits (B, C), or more columns. In eval mode, the logits of a sample must
@@ -129,10 +143,13 @@ def measure_splits(
             device. The initial weights then differ from those on a CPU. Probes of half precision are converted to
             float32.
         probes: how probes are trained. By default Tuned(count_steps(30, len(samples))).
-        labelings: number of enumerations per class (each is D labelings). The first is in data order, the others are
-            in random orders.
-        seed, epoch: seed the random numbers. The enumerations depend on seed only. The initial weights depend on both,
-            on k and on the labeling. Batches are the same for all probes.
+        enumerations: the number of random enumerations (each is D labelings), or "data" for one in data order.
+        held_out: samples of the same kind as `samples`, on which the probes of the original labels are scored. Every
+            class among them must be in `samples`.
+        controls: whether to measure the shuffled labels, and the samples held out if there are any.
+        seed, epoch: seed the random numbers. The enumerations, the order of the shuffled labels and the halves of the
+            samples held out depend on seed only. The initial weights depend on both, on k and on the labeling. Batches
+            are the same for all probes.
         batch_size: the number of samples in a training step and in an evaluation batch.
         cache_bytes: the number of bytes of encodings that are cached. If the encodings of a split do not fit, they are
             computed again in every step.
@@ -143,8 +160,9 @@ def measure_splits(
     have no effect.
 
     Raises:
-        ValueError: if labelings < 1, if a split is not in 0 .. len(model) - 1, if encodings or outputs are not finite,
-            or if model, samples or make_model are not valid (see layerwise/checks.py).
+        ValueError: if enumerations < 1, if a split is not in 0 .. len(model) - 1, if samples held out are fewer than
+            two or have a class that `samples` lack, if encodings or outputs are not finite, or if model, samples or
+            make_model are not valid (see layerwise/checks.py).
     """
     if enumerations != "data" and not (isinstance(enumerations, int) and enumerations >= 1):
         raise ValueError(f'DIB: enumerations must be "data" or a number of at least 1, got {enumerations!r}')
@@ -196,7 +214,6 @@ def make_task(
     checks.validate_made_models(model, reference, make(0, "again"), splits[0])
     validate_frozen_decoders(model, reference, splits)
     checks.validate_network(model, reference, splits, x, num_classes)
-
     return Task(model, reference, splits, make_input_source(samples), targets, make, streams)
 
 
