@@ -828,6 +828,17 @@ def test_small_directions_of_the_features_count():
     assert loss <= PROVED
 
 
+def test_the_optimum_for_features_of_single_samples():
+    """Some features are not 0 for one sample only, which can be told apart from the others."""
+    torch.manual_seed(0)
+    z, labels = torch.randn(300, 20), torch.randint(4, (300,))
+    z[:, 15:] = 0
+    z[range(5), range(15, 20)] = 1
+    ((loss, lower),) = fit_optima(nn.Sequential(nn.Linear(20, 4)), z, labels[None])
+    assert loss - lower <= PROVED
+    assert lower <= compute_newton_optimum(z, labels, within=1e-7) <= loss + 1e-6
+
+
 def test_the_optimum_for_sparse_features():
     """Some features are nearly always 0, and determine the class if they are not."""
     torch.manual_seed(0)
@@ -911,7 +922,7 @@ def test_the_bound_holds_for_any_weights():
     bounds = []
     for scale in (0, 0.01, 0.1, 0.3, 1, 3):
         p = (Z @ (best.detach() + scale * torch.randn(6, 3, dtype=torch.float64))).softmax(1)
-        step = compute_newton_step(Z, p, Y, precondition=scale > 0.1)
+        step = compute_newton_step(Z, p, Y, 1e-8 if scale > 0.1 else None)
         bounds.append(compute_dual_bound(Z, p, Y, Z @ step))
     assert all(bound <= least + 1e-9 for bound in bounds)
     assert bounds[0] == pytest.approx(least, abs=1e-8)
@@ -923,20 +934,20 @@ def test_the_dual_bound_computed_by_hand():
     """Only constants: q is the share of each class, whose entropy is the infimum."""
     labels = torch.tensor([0, 0, 0, 1])
     Z, Y, p = torch.ones(4, 1).double(), F.one_hot(labels, 2).double(), torch.full((4, 2), 0.5).double()
-    step = compute_newton_step(Z, p, Y, precondition=False)
+    step = compute_newton_step(Z, p, Y, None)
     expected = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert compute_dual_bound(Z, p, Y, Z @ step) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("precondition", [True, False])
-def test_the_newton_step_is_that_of_the_dense_hessian(precondition):
+@pytest.mark.parametrize("floor", [None, 1e-8, 1e-12])
+def test_the_newton_step_is_that_of_the_dense_hessian(floor):
     z = make_features("collinear").double()
     labels = make_uncertain_labels(z)
     Z = decompose(z, False).U * len(z) ** 0.5
     for scale in (0, 0.3):
         W = scale * torch.randn(Z.shape[1], 3, dtype=torch.float64)
         g, H = compute_gradient_and_hessian(Z, labels, W)
-        step = compute_newton_step(Z, (Z @ W).softmax(1), F.one_hot(labels, 3).double(), precondition).flatten()
+        step = compute_newton_step(Z, (Z @ W).softmax(1), F.one_hot(labels, 3).double(), floor).flatten()
         torch.testing.assert_close(H @ step, g, rtol=1e-6, atol=1e-9)
 
 
