@@ -19,15 +19,18 @@ COLUMNS = {
         **schema.COLUMNS,
         "lr_range.csv": schema.LR_RANGE,
         "convergence.csv": schema.CONVERGENCE,
+        "noise.csv": schema.NOISE,
     }.items()
 }
-OPTIONAL = {"lr_range": "step", "convergence": "probe"}  # optional tables, and the word for one of their rows
+# optional tables, and the word for one of their rows
+OPTIONAL = {"lr_range": "step", "convergence": "probe", "noise": "probe"}
+OPTIONAL_COLUMNS = ("lower",)  # columns that earlier versions did not write: they are NaN
 SETS = ("train", "test")
 WORDS = ("set", "layer", "split", "labeling")
 COUNTS = ("epoch", "factor", "steps")
 # No two rows of a table have the same values in these columns.
-KEYS = ("epoch", "step", "factor", "set", "layer", "split", "permutation", "labeling")
-DERIVED = ("num_classes", "dib_samples", "chosen", "recipe")  # hparams that are determined by other flags
+KEYS = ("epoch", "step", "factor", "set", "layer", "split", "enumeration", "labeling")
+DERIVED = ("num_classes", "dib_samples", "linear_splits", "chosen", "recipe")  # hparams that follow from other flags
 INPUT = "input"  # name of the raw input in the column `layer`; it is measured in one epoch only
 
 
@@ -82,11 +85,14 @@ def read_run(folder: Path) -> RunTables:
 
 
 def read_hparams(folder: Path) -> dict:
-    """Return the flags of a run. Flags of the first version are renamed to their present names."""
+    """Return the flags of a run. Flags of the first version have their present names and values."""
     path = folder / "hparams.json"
     try:
         hparams = json.loads(path.read_text("utf-8"))
         missing = [name for name in ("model", "data", "seed", "num_classes") if name not in hparams]
+        if "labelings" in hparams:  # the number of enumerations, of which the first was in data order
+            random = hparams["labelings"] - 1
+            hparams["labelings"] = f"data and {random} random" if random else "data"
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not hold the flags of a run: {getattr(error, 'strerror', error)}") from None
     if missing:
@@ -122,10 +128,12 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     and, if possible, the line.
     """
     table = read_texts(path)
-    missing = [column for column in columns if column not in table]
+    missing = [column for column in columns if column not in (*table, *OPTIONAL_COLUMNS)]
     if missing:
         raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
     for column in columns:
+        if column not in table:
+            table[column] = "nan"
         texts = table[column].fillna("")
         if column not in WORDS:
             table[column] = pd.to_numeric(texts, errors="coerce")

@@ -121,34 +121,63 @@ def update_input_upper(dib: pd.DataFrame) -> pd.DataFrame:
     """Replace `upper` of the input by the minimum of `upper` of the same labeling over all epochs and splits.
 
     It is an upper bound for the input too: an encoder followed by its probe is a decoder of the input, and the input
-    does not change over the epochs.
+    does not change over the epochs. Held-out rows are not changed: they are losses, not bounds.
     """
-    least = dib.groupby(["seed", "set", "permutation", "labeling"])["upper"].transform("min")
-    return dib.assign(upper=dib["upper"].where(dib["layer"] != INPUT, least))
+    least = dib.groupby(["seed", "set", "enumeration", "labeling"])["upper"].transform("min")
+    is_kept = (dib["layer"] != INPUT) | (dib["labeling"] == schema.HELD_OUT)
+    return dib.assign(upper=dib["upper"].where(is_kept, least))
 
 
-def compute_information(dib: pd.DataFrame, across: str) -> pd.DataFrame:
+def compute_information(dib: pd.DataFrame, *across: str) -> pd.DataFrame:
     """Return minimality and sufficiency in bits for every seed, set, layer and value of `across`, in order of depth.
 
-    Minimality is the mean of entropy - upper over all labelings of all enumerations. Sufficiency is entropy - upper of
-    the original labels. minimality_by_loss and sufficiency_by_loss are computed with `loss` instead of `upper`.
+    across: "epoch", "steps" or nothing.
 
-    across: "epoch" or "steps".
+    The columns are the means of entropy - upper over these labelings:
+        minimality: the digits of all enumerations.
+        sufficiency: the original labels.
+        shuffled: the labels in a random order.
+        held_out: the labels of the test set, by the probe of the training set. It may be negative.
+
+    minimality_by_loss and sufficiency_by_loss are computed with `loss` instead of `upper`. `ceiling` is the mean
+    entropy of the digits, and `label_entropy` that of the original labels: no minimality and no sufficiency is higher.
+    `deviation` is the standard deviation (ddof=1) of minimality over the enumerations, and NaN if there is only one.
     """
-    keys = ["seed", across, "set", "layer"]
-    values = dib[keys].copy()
-    is_original = dib["labeling"] == "y"
-    for end, column in (("", "upper"), ("_by_loss", "loss")):
-        bits = (dib["entropy"] - dib[column]) / math.log(2)
-        values[f"minimality{end}"] = bits[~is_original]
-        values[f"sufficiency{end}"] = bits[is_original]
-    return values.groupby(keys, sort=False).mean().reset_index()
+    keys = ["seed", *across, "set", "layer"]
+    labeling = dib["labeling"]
+    rows = {"sufficiency": schema.LABELS, "shuffled": schema.SHUFFLED, "held_out": schema.HELD_OUT}
+    chosen = {"minimality": ~labeling.isin(rows.values()), **{name: labeling == word for name, word in rows.items()}}
+    bits = {column: (dib["entropy"] - dib[column]) / math.log(2) for column in ("upper", "loss")}
+    values = dib[[*keys, "enumeration"]].copy()
+    for name, of_labeling in chosen.items():
+        values[name] = bits["upper"].where(of_labeling)
+    for name, ceiling in (("minimality", "ceiling"), ("sufficiency", "label_entropy")):
+        values[f"{name}_by_loss"] = bits["loss"].where(chosen[name])
+        values[ceiling] = (dib["entropy"] / math.log(2)).where(chosen[name])
+    of_enumerations = values.groupby([*keys, "enumeration"], sort=False)["minimality"].mean()
+    means = values.drop(columns="enumeration").groupby(keys, sort=False).mean()
+    return means.assign(deviation=of_enumerations.groupby(keys, sort=False).std()).reset_index()
 
 
 def compute_suboptimal_share(dib: pd.DataFrame) -> pd.Series:
-    """Return the share of known suboptimal probes by set. A probe whose loss is NaN counts as one."""
+    """Return the share of known suboptimal probes by set. A probe whose loss is NaN counts as one.
+
+    Held-out rows do not count, because their probes are not trained on these samples.
+    """
+    dib = dib[dib["labeling"] != schema.HELD_OUT]
     is_optimal = dib["loss"] - dib["upper"] <= schema.SUBOPTIMAL
     return 1 - is_optimal.groupby(dib["set"]).mean()
+
+
+def compute_linear_gaps(dib: pd.DataFrame, hparams: list[dict]) -> pd.Series:
+    """Return loss - lower (nats) of each linear probe: an upper bound on the distance of its loss from the optimum.
+
+    hparams: the flags of each run, of which `linear_splits` names the splits whose probes are linear.
+    """
+    linear = {(flags["seed"], split) for flags in hparams for split in flags.get("linear_splits") or []}
+    is_linear = np.array([pair in linear for pair in zip(dib["seed"], dib["layer"], strict=True)], dtype=bool)
+    rows = dib[is_linear & (dib["labeling"] != schema.HELD_OUT)]
+    return rows["loss"] - rows["lower"]
 
 
 def compute_gap(table: pd.DataFrame, keys: list[str], value: str) -> pd.Series:

@@ -30,9 +30,9 @@ class Group:
         hparams: the flags of each run.
         tables: the rows of all runs, by the names of COLUMNS. A column `seed` is added, and the column `split` is
             renamed to `layer`, so that the tables can be joined. nc1 has a column `rank_deficient`: whether the rank of
-            the class means is below min(d, C - 1). `upper` of the input is the minimum over all epochs and splits. Two
-            more tables contain minimality and sufficiency: information (by epoch) and convergence_information (by
-            steps).
+            the class means is below min(d, C - 1). `upper` of the input is the minimum over all epochs and splits.
+            Three more tables contain minimality, sufficiency and their controls: information (by epoch),
+            convergence_information (by steps) and noise_information (of Gaussian features).
         last: the last epoch, or -1 if no epoch is finished.
         requested_epochs: the epochs to compare by depth, or None for four from the first to the last.
     """
@@ -198,6 +198,7 @@ def join_runs(runs: list[RunTables], label: str, epochs: list[int] | None) -> Gr
     tables["dib"] = update_input_upper(tables["dib"])
     tables["information"] = compute_information(tables["dib"], "epoch")
     tables["convergence_information"] = compute_information(tables["convergence"], "steps")
+    tables["noise_information"] = compute_information(tables["noise"])
     return Group(label, [run.folder for run in runs], [run.hparams for run in runs], tables, last, epochs)
 
 

@@ -23,6 +23,8 @@ LABELS, SHUFFLED, HELD_OUT = "y", "shuffled", "held-out"
 
 # A probe is known suboptimal if loss - upper > SUBOPTIMAL. In nats; it is 0.001 bits.
 SUBOPTIMAL = 1e-3 * log(2)
+# The optimum of a linear probe is proved if loss - lower <= PROVED. In nats.
+PROVED = 1e-5
 
 # The optimum of a linear probe is proved if loss - lower <= PROVED. In nats.
 PROVED = 1e-5

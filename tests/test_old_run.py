@@ -26,7 +26,7 @@ def run(tmp_path):
 
 
 def rename_all(run: Path) -> None:
-    """Give the files, columns and flags of an old run their present names."""
+    """Give the files, columns and flags of an old run their present names and values."""
     for old, new in schema.RENAMED_FILES.items():
         (run / old).rename(run / new)
     for path in run.glob("*.csv"):
@@ -35,13 +35,14 @@ def rename_all(run: Path) -> None:
         path.write_text(",".join(columns) + "\n" + rows)
     hparams = json.loads((run / "hparams.json").read_text())
     renamed = {schema.RENAMED_HPARAMS.get(name, name): value for name, value in hparams.items()}
+    renamed["enumerations"] = "data and 1 random"
     (run / "hparams.json").write_text(json.dumps(renamed))
 
 
-def change_seed(run: Path, seed: int) -> None:
-    """Replace the seed of a run."""
+def change_flags(run: Path, **flags: object) -> None:
+    """Replace flags of a run."""
     path = run / "hparams.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": seed}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | flags))
 
 
 @pytest.mark.parametrize("write", [write_figures, write_report, write_tables])
@@ -73,7 +74,7 @@ def test_upper_is_the_column_bound(run, name):
 def test_an_old_and_a_new_run_of_other_seeds_are_one_group(run, tmp_path):
     new = shutil.copytree(run, tmp_path / "new")
     rename_all(new)
-    change_seed(new, 1)
+    change_flags(new, seed=1)
     (group,) = read_groups([run, new])
     assert group.describe_seeds() == "2 seeds"
     assert [flags["probes"] for flags in group.hparams] == ["tuned", "tuned"]
@@ -82,6 +83,34 @@ def test_an_old_and_a_new_run_of_other_seeds_are_one_group(run, tmp_path):
             rows.drop(columns="seed").reset_index(drop=True) for _, rows in group.tables[name].groupby("seed")
         )
         pd.testing.assert_frame_equal(old_rows, new_rows)
+
+
+@pytest.mark.parametrize(
+    ("labelings", "enumerations", "labels"),
+    [
+        (1, "data", ["MLP on SZT"]),
+        (1, 1, ["MLP on SZT, enumerations data", "MLP on SZT, enumerations 1"]),
+        (2, 2, ["MLP on SZT, enumerations data and 1 random", "MLP on SZT, enumerations 2"]),
+    ],
+)
+def test_runs_in_data_order_and_in_random_orders_are_not_seeds_of_one_group(
+    run, tmp_path, labelings, enumerations, labels
+):
+    new = shutil.copytree(run, tmp_path / "new")
+    rename_all(new)
+    change_flags(run, labelings=labelings)
+    change_flags(new, seed=1, enumerations=enumerations, linear_splits=["hidden2"])
+    assert [group.label for group in read_groups([run, new])] == labels
+
+
+def test_lower_and_the_controls_of_an_old_run_are_nan(run):
+    (group,) = read_groups([run])
+    for name in ("dib", "convergence"):
+        assert group.tables[name]["lower"].isna().all()
+        assert group.tables["information" if name == "dib" else "convergence_information"]["minimality"].notna().all()
+    assert group.tables["information"][["shuffled", "held_out"]].isna().all(axis=None)
+    assert group.tables["information"]["deviation"].notna().all()  # of data order and of a random order
+    assert group.tables["noise_information"].empty
 
 
 def test_an_old_and_a_new_run_of_the_same_seed_are_refused_as_equal(run, tmp_path):

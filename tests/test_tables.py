@@ -12,24 +12,41 @@ from layerwise.runs import find_newest_run
 from tests.toys import write_run
 
 EPOCHS = "epoch,set,loss,accuracy,seconds\n1,train,0.7,0.5,1\n1,test,0.7,0.5,1\n2,train,0.6,0.6,1\n2,test,0.6,0.6,1\n"
-DIB = """epoch,set,split,permutation,labeling,entropy,loss,upper
-1,train,input,0,y,0.69,0.3,0.2
-1,train,input,0,0,0.69,0.2,0.2
-1,train,input,0,1,0.60,0.6,0.5
-1,train,hidden1,0,y,0.69,0.2,0.2
-1,train,hidden1,0,0,0.69,0.3,0.3
-1,train,hidden1,0,1,0.60,0.5,0.5
-1,test,hidden1,0,0,0.69,0.1,0.1
-2,train,hidden1,0,y,0.69,0.9,0.1
-2,train,hidden1,0,0,0.69,0.5,0.4
-2,train,hidden1,0,1,0.60,0.6,0.4
-2,train,hidden1,1,0,0.69,0.1,0.1
+DIB = """epoch,set,split,enumeration,labeling,entropy,loss,lower,upper
+1,train,input,0,y,0.69,0.3,0,0.2
+1,train,input,0,0,0.69,0.2,0,0.2
+1,train,input,0,1,0.60,0.6,0,0.5
+1,train,hidden1,0,y,0.69,0.2,0,0.2
+1,train,hidden1,0,0,0.69,0.3,0,0.3
+1,train,hidden1,0,1,0.60,0.5,0,0.5
+1,test,hidden1,0,0,0.69,0.1,0,0.1
+2,train,hidden1,0,y,0.69,0.9,0,0.1
+2,train,hidden1,0,0,0.69,0.5,0,0.4
+2,train,hidden1,0,1,0.60,0.6,0,0.4
+2,train,hidden1,1,0,0.69,0.1,0,0.1
 """
-CONVERGENCE = """factor,steps,set,split,permutation,labeling,entropy,loss,upper
-1,60,test,hidden1,0,y,0.69,0.4,0.3
-1,60,test,hidden1,0,0,0.69,0.6,0.6
-2,120,test,hidden1,0,y,0.69,0.2,0.2
-2,120,test,hidden1,0,0,0.69,0.6,0.5
+CONTROLLED = """epoch,set,split,enumeration,labeling,entropy,loss,lower,upper
+1,test,input,0,y,0.69,0.2,0,0.2
+1,test,input,0,shuffled,0.69,0.6,0,0.6
+1,test,input,0,held-out,0.70,0.3,0,0.3
+1,test,input,1,0,0.69,0.4,0,0.4
+1,test,input,1,1,0.61,0.4,0,0.4
+1,test,input,2,0,0.69,0.1,0,0.1
+1,test,input,2,1,0.61,0.5,0,0.5
+1,test,hidden1,0,y,0.69,0.3,0,0.3
+1,test,hidden1,0,shuffled,0.69,0.5,0,0.4
+1,test,hidden1,0,held-out,0.70,0.1,0,0.1
+1,test,hidden1,1,0,0.69,0.5,0,0.5
+1,test,hidden1,1,1,0.61,0.5,0,0.5
+1,test,hidden1,2,0,0.69,0.5,0,0.5
+1,test,hidden1,2,1,0.61,0.6,0,0.6
+2,test,hidden1,0,held-out,0.70,0.9,0,0.9
+"""
+CONVERGENCE = """factor,steps,set,split,enumeration,labeling,entropy,loss,lower,upper
+1,60,test,hidden1,0,y,0.69,0.4,0,0.3
+1,60,test,hidden1,0,0,0.69,0.6,0,0.6
+2,120,test,hidden1,0,y,0.69,0.2,0,0.2
+2,120,test,hidden1,0,0,0.69,0.6,0,0.5
 """
 LAYERS = ["hidden1", "hidden2"]
 
@@ -61,6 +78,56 @@ def test_information_by_hand(folder):
     assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.39, 0.49, -0.21])
 
 
+def test_controls_by_hand(folder):
+    """Digits alone are in minimality. A held-out value is not replaced by another, and may be negative."""
+    (folder / "dib.csv").write_text(CONTROLLED)
+    (group,) = tables.read_groups([folder])
+    nats = group.tables["information"].set_index(["layer", "epoch"]).drop(columns=["seed", "set"]) * log(2)
+    of_input, of_hidden = nats.loc[("input", 1)], nats.loc[("hidden1", 1)]
+    assert of_input["minimality"] == pytest.approx((0.29 + 0.21 + 0.59 + 0.11) / 4)
+    assert of_hidden["minimality"] == pytest.approx((0.19 + 0.11 + 0.19 + 0.01) / 4)
+    assert of_input["deviation"] == pytest.approx((0.35 - 0.25) / sqrt(2))
+    assert of_hidden["deviation"] == pytest.approx((0.15 - 0.10) / sqrt(2))
+    assert (of_input["sufficiency"], of_hidden["sufficiency"]) == pytest.approx((0.49, 0.39))
+    assert (of_input["shuffled"], of_hidden["shuffled"]) == pytest.approx((0.29, 0.29))  # 0.4 is a bound for the input
+    assert (of_input["held_out"], of_hidden["held_out"]) == pytest.approx((0.4, 0.6))
+    assert nats.loc[("hidden1", 2), "held_out"] == pytest.approx(-0.2)
+    assert nats["ceiling"].dropna().tolist() == pytest.approx([0.65, 0.65])
+    assert nats["label_entropy"].dropna().tolist() == pytest.approx([0.69, 0.69])
+
+
+def test_one_enumeration_has_no_deviation(tmp_path):
+    one, three = (
+        tables.read_groups([write_run(tmp_path / str(count), LAYERS, enumerations=count)])[0].tables["information"]
+        for count in (1, 3)
+    )
+    assert one["deviation"].isna().all()
+    assert (three["deviation"] * log(2)).tolist() == pytest.approx([0.01] * len(three))
+    assert ((three["minimality"] - one["minimality"]) * log(2)).tolist() == pytest.approx([0.01] * len(three))
+
+
+def test_noise_is_read_and_may_be_missing(tmp_path):
+    """In noise.csv the information of the digits is 0.08 nats."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, linear=("hidden2",)) for seed in (0, 1)]
+    runs.append(write_run(tmp_path / "without", LAYERS, 2))
+    noise = tables.read_groups(runs)[0].tables["noise_information"]
+    assert noise[["seed", "set", "layer"]].values.tolist() == [
+        [seed, name, "hidden2"] for seed in (0, 1) for name in ("train", "test")
+    ]
+    assert (noise["minimality"] * log(2)).tolist() == pytest.approx([0.08] * 4)
+
+
+def test_gaps_of_linear_probes_by_hand():
+    """Gaps are those of the splits that a run of this seed names, without held-out rows. They use the loss."""
+    columns = {"loss": [0.5, 0.6, 0.7, 0.8, 0.9, 0.3], "lower": [0.4, 0.2, 0.0, 0.1, 0.0, float("nan")]}
+    names = {"seed": [0, 0, 0, 1, 2, 0], "layer": ["b", "a", "b", "b", "b", "b"]}
+    dib = pd.DataFrame({**columns, **names, "labeling": ["y", "y", "held-out", "0", "y", "shuffled"], "upper": 0.4})
+    hparams = [{"seed": 0, "linear_splits": ["b"]}, {"seed": 1, "linear_splits": ["b"]}, {"seed": 2}]
+    gaps = statistics.compute_linear_gaps(dib, hparams)
+    assert gaps.tolist() == pytest.approx([0.1, 0.7, float("nan")], nan_ok=True)
+    assert statistics.compute_linear_gaps(dib, hparams[2:]).empty
+
+
 def test_upper_of_the_input_is_that_of_its_own_seed_up_to_the_last_common_epoch(tmp_path):
     """Information of seed 0 grows by 0.1 nats per epoch, up to epoch 9, that of seed 2 by 0.12, up to epoch 2."""
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, epochs) for seed, epochs in ((0, 9), (2, 2))]
@@ -83,12 +150,16 @@ def test_information_by_steps_by_hand(folder):
 
 
 def test_share_of_suboptimal_probes_by_hand():
-    """0.001 bits are 0.000693 nats. Two of four training probes and the only test probe are above."""
+    """0.001 bits are 0.000693 nats. Two of four training probes and the only test probe are above.
+
+    Held-out rows do not count.
+    """
     dib = pd.DataFrame(
         {
-            "set": ["train", "train", "test", "train", "train"],
-            "loss": [0.5, 0.5006, float("nan"), 0.5008, 3.0],
-            "upper": [0.5, 0.5, 0.5, 0.5, 0.5],
+            "set": ["train", "train", "test", "train", "train", "test", "test"],
+            "labeling": ["y", "shuffled", "0", "0", "1", "held-out", "held-out"],
+            "loss": [0.5, 0.5006, float("nan"), 0.5008, 3.0, 0.5, 0.6],
+            "upper": 0.5,
         }
     )
     assert statistics.compute_suboptimal_share(dib).to_dict() == {"train": 0.5, "test": 1}
@@ -139,6 +210,14 @@ def test_the_number_of_epochs_separates_runs_only_if_the_schedule_depends_on_it(
 def test_a_rate_of_a_range_test_does_not_separate_runs(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, tune="first", learning_rate=seed) for seed in range(2)]
     assert len(tables.read_groups(runs)) == 1
+
+
+def test_linear_splits_do_not_separate_runs_but_controls_do(tmp_path):
+    """Linear splits follow from other flags, and runs of earlier versions do not name them."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, linear=LAYERS[seed:]) for seed in range(2)]
+    runs.append(write_run(tmp_path / "without", LAYERS, 2, controls=False))
+    labels = [(group.label, group.describe_seeds()) for group in tables.read_groups(runs)]
+    assert labels == [("MLP on SZT, controls True", "2 seeds"), ("MLP on SZT", "seed 2")]
 
 
 def test_the_number_of_dib_samples_does_not_separate_runs(tmp_path):
@@ -326,10 +405,10 @@ def test_a_bad_table_is_refused_with_its_file_and_line(folder, content, message)
         ),
         (CONVERGENCE.replace("\n1,60", "\n1,0", 1), ", line 2: steps is '0', expected a whole number from 1"),
         (CONVERGENCE.replace("\n2,", "\n1.5,", 1), ", line 4: factor is '1.5', expected a whole number from 1"),
-        (CONVERGENCE.replace("0.6,0.5", "0.6,?"), ", line 5: upper is '?', expected a number"),
+        (CONVERGENCE.replace("0.6,0,0.5", "0.6,0,?"), ", line 5: upper is '?', expected a number"),
         (
-            CONVERGENCE + "2,120,test,hidden1,0,0,0.69,0.6,0.5\n",
-            ", line 6: factor 2, set test, split hidden1, permutation 0, ",
+            CONVERGENCE + "2,120,test,hidden1,0,0,0.69,0.6,0,0.5\n",
+            ", line 6: factor 2, set test, split hidden1, enumeration 0, ",
         ),
     ],
 )

@@ -23,7 +23,7 @@ import models
 import nc1
 import train
 from layerwise.samples import Samples
-from layerwise.schema import COLUMNS, CONVERGENCE
+from layerwise.schema import COLUMNS, CONVERGENCE, NOISE
 from tools.evidence import QUICK, make_clusters, read_results
 from training.hardware import PRECISIONS
 
@@ -88,17 +88,49 @@ def check_run(monkeypatch, folder: Path, model: str, device: str, precision: str
 
 
 def write_run(
-    folder: Path, layers: list[str], seed: int = 0, epochs: int = 3, factors: tuple[int, ...] = (), **flags: object
+    folder: Path,
+    layers: list[str],
+    seed: int = 0,
+    epochs: int = 3,
+    factors: tuple[int, ...] = (),
+    enumerations: int = 1,
+    linear: tuple[str, ...] = (),
+    **flags: object,
 ) -> Path:
     """Write the tables of a run that never ran. NC1 halves from layer to layer, and information grows over the epochs.
 
-    NC1 of the input is 100. The probes of labeling 1 are 0.01 nats above `upper`. factors: also write a convergence.csv
-    of these factors, in which information grows with the factor, and probes of labeling 1 reach `upper` from factor 4.
+    NC1 of the input is 100. The probes of digit 1 are 0.01 nats above `upper`. The information of a digit grows by
+    0.01 nats from one enumeration to the next. In every epoch the information of the shuffled labels is 0.02 nats, and
+    that of the held-out samples 0.15.
+
+    Parameters:
+        factors: also write a convergence.csv of these factors, in which information grows with the factor, and probes
+            of digit 1 reach `upper` from factor 4.
+        enumerations: number of random enumerations.
+        linear: the splits whose probes are linear. Their `lower` is 1e-6 nats below `upper`. Also write a noise.csv, in
+            which the information of the digits is 0.08 nats.
+        flags: hparams. With controls=False the rows of the controls and noise.csv are left out.
     """
     folder.mkdir()
     hparams = {"model": "MLP", "data": "SZT", "seed": seed, "epochs": epochs, "run_dir": str(folder)}
+    hparams |= {"enumerations": enumerations, "controls": True, "linear_splits": list(linear)}
     hparams |= {"num_classes": 2, "dib_samples": {"train": 60, "test": 60}, **flags}
     (folder / "hparams.json").write_text(json.dumps(hparams))
+    digits = [(i, digit, 0.01 * (i - 1)) for i in range(1, enumerations + 1) for digit in ("0", "1")]
+
+    def list_probes(set_name: str, split: str, nats: float, above: float, more_of_labels: float = 0.2) -> list[tuple]:
+        """Return the columns from `set` on. nats: information of the digits. above: loss - upper of digit 1."""
+        told = [(0, "y", nats + more_of_labels), *((i, digit, nats + more) for i, digit, more in digits)]
+        if hparams["controls"]:
+            told += [(0, "shuffled", 0.02), *([(0, "held-out", 0.15)] if set_name == "test" else [])]
+        found = []
+        for enumeration, labeling, information in told:
+            upper = 0.69 - information
+            lower = upper - 1e-6 if split in linear and labeling != "held-out" else 0.0
+            loss = upper + above * (labeling == "1")
+            found.append((set_name, split, enumeration, labeling, 0.69, loss, lower, upper))
+        return found
+
     rows: dict[str, list] = {name: [] for name in COLUMNS}
     for epoch in range(1, epochs + 1):
         for each, more in (("train", 1.0), ("test", 1.5)):
@@ -108,23 +140,20 @@ def write_run(
             for k, layer in enumerate(layers, 1):
                 rows["nc1.csv"].append((epoch, each, layer, 8, 1, (1 + seed) * more * 100 * 0.5**k / epoch, 1, 0))
             for split in layers if epoch > 1 else ["input", *layers]:
-                for labeling in ("0", "1", "y"):
-                    told = 0.1 * epoch * (1 + 0.1 * seed) + (labeling == "y") * 0.2
-                    upper = 0.69 - told
-                    loss = upper + 0.01 * (labeling == "1")
-                    rows["dib.csv"].append((epoch, each, split, 0, labeling, 0.69, loss, upper))
-    by_factor = [
-        (factor, factor * steps, each, split, 0, labeling, 0.69, upper + 0.01 * (labeling == "1" and factor < 4), upper)
-        for factor in factors
-        for each, steps in (("train", 270), ("test", 60))
-        for split in ["input", *layers]
-        for labeling in ("0", "1", "y")
-        for upper in [0.69 - 0.04 * factor * (1 + 0.1 * seed)]
-    ]
-    columns = dict(COLUMNS)
+                told = 0.1 * epoch * (1 + 0.1 * seed)
+                rows["dib.csv"] += [(epoch, *probe) for probe in list_probes(each, split, told, 0.01)]
     if factors:
-        rows["convergence.csv"] = by_factor
-        columns["convergence.csv"] = CONVERGENCE
+        rows["convergence.csv"] = [
+            (factor, factor * steps, *probe)
+            for factor in factors
+            for each, steps in (("train", 270), ("test", 60))
+            for split in ["input", *layers]
+            for probe in list_probes(each, split, 0.04 * factor * (1 + 0.1 * seed), 0.01 * (factor < 4), 0)
+        ]
+    if linear and hparams["controls"]:
+        noise = [probe for each in ("train", "test") for split in linear for probe in list_probes(each, split, 0.08, 0)]
+        rows["noise.csv"] = [probe for probe in noise if probe[3] != "held-out"]
+    columns = {**COLUMNS, "convergence.csv": CONVERGENCE, "noise.csv": NOISE}
     for name, lines in rows.items():
         (folder / name).write_text("\n".join([columns[name], *(",".join(map(str, line)) for line in lines)]) + "\n")
     return folder
