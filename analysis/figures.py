@@ -8,9 +8,11 @@ from itertools import cycle
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
@@ -41,11 +43,15 @@ def add_subfigures(fig: Figure, groups: list[Group]) -> Iterator[tuple[FigureBas
         yield part, group
 
 
-def add_panels(fig: FigureBase, group: Group, down: int = 1, **shared) -> np.ndarray:
-    """Add panels with one column for each set. Return them as an array (down, len(group.sets))."""
+def add_panels(fig: FigureBase, group: Group, down: int = 1, of_dib: bool = False, **shared) -> np.ndarray:
+    """Add panels with one column for each set. Return them as an array (down, len(group.sets)).
+
+    of_dib: whether the titles contain the number of samples of DIB.
+    """
     axes = fig.subplots(down, len(group.sets), squeeze=False, **shared)
     for axis, name in zip(axes[0], group.sets, strict=True):
-        axis.set_title(f"{name} set", fontsize="medium")
+        samples = group.describe_samples(name) if of_dib else ""
+        axis.set_title(f"{name} set, {samples}" if samples else f"{name} set", fontsize="medium")
     return axes
 
 
@@ -57,9 +63,10 @@ def share_scale(fig: Figure, groups: list[Group], *directions: str) -> None:
     alike: dict[tuple, list[Axes]] = {}
     for part, group in zip(fig.subfigs, groups, strict=True):
         for axis in part.axes:
-            # Only the first panel of a row has a label. The others share its limits.
+            # If the panels of a row share their limits, only the first has a label.
             if axis.get_ylabel() and axis.get_label() != "<colorbar>":
-                alike.setdefault((axis.get_ylabel(), group.hparams[0]["data"]), []).append(axis)
+                column = axis.get_subplotspec().colspan.start
+                alike.setdefault((axis.get_ylabel(), column, group.hparams[0]["data"]), []).append(axis)
     for direction in directions:
         for axes in alike.values():
             limits = [getattr(axis, f"get_{direction}lim")() for axis in axes]
@@ -112,8 +119,8 @@ def draw_layer_curves(axes: np.ndarray, means: pd.DataFrame, group: Group, seeds
             style.format_epoch_axis(axis, group.has_uneven_epochs)
         else:
             style.format_steps_axis(axis, means.loc[means["set"] == name, across])
-        axis.set_xlabel(across)
-        axis.label_outer()
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(across)
 
 
 def draw_input(axis: Axes, line: pd.DataFrame, label: str) -> None:
@@ -277,29 +284,108 @@ def draw_convergence(fig: Figure, groups: list[Group]) -> None:
 
 
 def draw_quantities(fig: Figure, groups: list[Group], name: str, across: str) -> None:
-    """Draw minimality (upper panels) and sufficiency (lower panels) of a table.
+    """Draw minimality (upper panels) and sufficiency (lower panels) of a table, with their controls.
 
     Lines use `upper`. Hollow markers use the loss of probes that are known suboptimal.
     """
     for part, group in add_subfigures(fig, groups):
-        axes = add_panels(part, group, 2, sharex="col", sharey="row")
+        axes = add_panels(part, group, 2, of_dib=True, sharex="col", sharey="row" if group.has_equal_sets else False)
         table, keys, shown = group.tables[name], ["layer", "set", across], []
         for quantity, pair in zip(QUANTITIES, axes, strict=True):
             means = average_over_seeds(table, keys, quantity)
             draw_layer_curves(pair, means, group, table["seed"].nunique(), across)
-            style.widen_axis(pair[0], "y")
+            for axis in pair:
+                style.widen_axis(axis, "y")
             # negative values occur only for decoders that cannot output class frequencies
             if (table[quantity] < 0).any():
                 for axis in pair:
                     style.draw_zero_line(axis)
+            if quantity == "minimality":
+                entries = draw_ceiling(pair, table, group, "y")
+                entries += draw_deviations(pair, means, table, group, across)
+            else:
+                entries += draw_controls(pair, table, group, across)
             by_loss = average_over_seeds(table, keys, f"{quantity}_by_loss")["mean"]
             shown += draw_hollow_markers(pair, means.assign(by_loss=by_loss), group, across)
-            pair[0].set_ylabel(f"{quantity} (bits)")
+            label_vertical_axes(pair, group, f"{quantity} (bits)")
         if shown:
             label = "probe's own loss" + ("" if all(shown) else f"\n({shown.count(False)} further below)")
             axes[0, 0].plot([], [], linestyle="", color="0.3", marker="o", label=label, **style.HOLLOW)
         style.add_legend(part, axes[0, 0], f"{group.describe_seeds(MEAN_SD, name)}\nencoder up to")
+        style.add_key(part, entries)
     share_scale(fig, groups, "y")
+
+
+def label_vertical_axes(axes: np.ndarray, group: Group, label: str) -> None:
+    """Label the y axis of the first panel, or of all panels if they have scales of their own."""
+    for axis in axes[:1] if group.has_equal_sets else axes:
+        axis.set_ylabel(label)
+
+
+def draw_ceiling(axes: np.ndarray, table: pd.DataFrame, group: Group, direction: str) -> list[Artist]:
+    """Draw a line at the ceiling of minimality in the panel of each set. Return its legend entry.
+
+    Without controls there is no line. The axis is not made longer by more than a quarter, because low values would be
+    hard to see.
+
+    table: information by epoch or by steps. direction: that of the axis of minimality, "x" or "y".
+    """
+    ceilings = table.groupby("set")["ceiling"].mean().dropna()
+    if table["shuffled"].isna().all() or ceilings.empty:
+        return []
+    for name, axis in zip(group.sets, axes, strict=True):
+        if name in ceilings:
+            low, high = getattr(axis, f"get_{direction}lim")()
+            if ceilings[name] < high + (high - low) / 4:
+                style.extend_axis(axis, direction, [ceilings[name]])
+            {"x": axis.axvline, "y": axis.axhline}[direction](ceilings[name], **style.CEILING)
+    values = ", ".join(f"{ceilings[name]:.2f} ({name})" for name in group.sets if name in ceilings)
+    return [Line2D([], [], label=f"ceiling of minimality: {values}", **style.CEILING)]
+
+
+def draw_deviations(
+    axes: np.ndarray, means: pd.DataFrame, table: pd.DataFrame, group: Group, across: str
+) -> list[Artist]:
+    """Draw the standard deviation of minimality over enumerations as bars at markers. Return their legend entry.
+
+    means: mean minimality over seeds. table: information, whose column `deviation` is averaged over seeds.
+    """
+    deviations = average_over_seeds(table, ["layer", "set", across], "deviation")["mean"]
+    if deviations.isna().all():
+        return []
+    looks = style.assign_looks(group.layers) | {INPUT: style.INPUT}
+    for name, axis in zip(group.sets, axes, strict=True):
+        rows = means.assign(deviation=deviations)[means["set"] == name]
+        for layer, line in rows.groupby("layer", sort=False):
+            line = line[:: style.compute_stride(len(line))]
+            axis.errorbar(line[across], line["mean"], line["deviation"], color=looks[layer]["color"], **style.BARS)
+            ends = pd.concat([line["mean"] - line["deviation"], line["mean"] + line["deviation"]])
+            style.extend_axis(axis, "y", ends.dropna())
+    return [Line2D([], [], linestyle="", color="0.3", label=f"sd over {group.enumerations} enumerations", **style.BAR)]
+
+
+def draw_controls(axes: np.ndarray, table: pd.DataFrame, group: Group, across: str) -> list[Artist]:
+    """Draw the information about shuffled labels and held-out samples in the panels of sufficiency.
+
+    Return the legend entries. Values below 0, which held-out samples may have, do not make the axis longer.
+    """
+    looks, entries = style.assign_looks(group.layers) | {INPUT: style.INPUT}, {}
+    for name, axis in zip(group.sets, axes, strict=True):
+        for column, look in style.CONTROLS.items():
+            means = average_over_seeds(table[table["set"] == name], ["layer", across], column).dropna(subset="mean")
+            if means.empty:
+                continue
+            thin = {"linestyle": look["linestyle"], **style.THIN}
+            for layer, line in means.groupby("layer", sort=False):
+                if len(line) == 1:  # such as the input
+                    axis.axhline(line["mean"].iloc[0], color=looks[layer]["color"], **thin)
+                else:
+                    axis.plot(line[across], line["mean"], color=looks[layer]["color"], **thin)
+            if means["mean"].min() < 0:
+                style.draw_zero_line(axis)
+            style.extend_axis(axis, "y", means["mean"].clip(lower=0))
+            entries[column] = Line2D([], [], color="0.3", label=look["label"], **thin)
+    return list(entries.values())
 
 
 def draw_hollow_markers(axes: np.ndarray, means: pd.DataFrame, group: Group, across: str) -> list[bool]:
@@ -309,9 +395,9 @@ def draw_hollow_markers(axes: np.ndarray, means: pd.DataFrame, group: Group, acr
     are omitted.
     """
     looks = style.assign_looks(group.layers) | {INPUT: style.INPUT}
-    bottom, top = axes[0].get_ylim()
-    room, lowest, shown = (top - bottom) / 4, bottom, []
-    for name, axis in zip(group.sets, axes, strict=True):
+    shown = []
+    for name, axis, (bottom, top) in zip(group.sets, axes, [axis.get_ylim() for axis in axes], strict=True):
+        room, lowest = (top - bottom) / 4, axis.get_ylim()[0]
         for layer, line in means[means["set"] == name].groupby("layer", sort=False):
             line = line[:: style.compute_stride(len(line))]
             line = line[line["by_loss"] < line["mean"] - SUBOPTIMAL_BITS]
@@ -319,24 +405,25 @@ def draw_hollow_markers(axes: np.ndarray, means: pd.DataFrame, group: Group, acr
             axis.plot(line[across][near], line["by_loss"][near], linestyle="", zorder=3, **looks[layer], **style.HOLLOW)
             lowest = min([lowest, *(line["by_loss"][near] - 0.2 * room)])  # with space for the marker
             shown += near.tolist()
-    axes[0].set_ylim(lowest, top)
+        axis.set_ylim(lowest, top)
     return shown
 
 
 def add_plane_panels(part: FigureBase, group: Group) -> tuple[np.ndarray, dict[str, dict]]:
     """Add the panels of an information plane. Return them with the looks of the layers."""
-    axes = add_panels(part, group, sharex=True, sharey=True)[0]
+    axes = add_panels(part, group, of_dib=True, sharex=group.has_equal_sets, sharey=group.has_equal_sets)[0]
     for axis in axes:
         axis.set_xlabel("minimality (bits)")
         style.limit_ticks(axis)
-    axes[0].set_ylabel("sufficiency (bits)")
+    label_vertical_axes(axes, group, "sufficiency (bits)")
     return axes, style.assign_looks(group.layers) | {INPUT: style.INPUT}
 
 
 def widen_axes(axes: np.ndarray) -> None:
-    """Widen both axes of an information plane. Its panels share them."""
-    for direction in "xy":
-        style.widen_axis(axes[0], direction)
+    """Widen both axes of the panels of an information plane."""
+    for axis in axes:
+        for direction in "xy":
+            style.widen_axis(axis, direction)
 
 
 def draw_plane(fig: Figure, groups: list[Group]) -> None:
@@ -348,8 +435,44 @@ def draw_plane(fig: Figure, groups: list[Group]) -> None:
             for layer, of_layer in points.groupby("layer", sort=False):
                 draw_path(axis, of_layer, layer, looks[layer])
         widen_axes(axes)
+        entries = draw_ceiling(axes, group.tables["information"], group, "x")
+        entries += draw_control_marks(axes, group, looks)
         style.add_legend(part, axes[0], f"{group.describe_seeds('mean of ')}\nencoder up to")
+        style.add_key(part, entries)
     share_scale(fig, groups, "x", "y")
+
+
+def average_last(group: Group, set_name: str) -> pd.DataFrame:
+    """Return the mean information over seeds in the last measured epoch, with a row for each layer, in order of depth.
+
+    The controls are also in a column each, which is left out if it has no values.
+    """
+    rows = group.select_last("information")
+    columns = [*QUANTITIES, *style.CONTROLS]
+    means = rows[rows["set"] == set_name].groupby("layer", sort=False)[columns].mean()
+    return means.dropna(axis=1, how="all")
+
+
+def draw_control_marks(axes: np.ndarray, group: Group, looks: dict[str, dict]) -> list[Artist]:
+    """Draw marks at the controls of sufficiency in the last epoch, joined to the end of the path of each layer.
+
+    Return the legend entries. Values below 0 do not make the axis longer.
+    """
+    entries = {}
+    for name, axis in zip(group.sets, axes, strict=True):
+        means = average_last(group, name)
+        controls = [column for column in style.CONTROLS if column in means]
+        for layer, row in means.iterrows() if controls else ():
+            thin = {"color": looks[layer]["color"], **style.THIN}
+            lowest = row[["sufficiency", *controls]].min()
+            axis.plot([row["minimality"]] * 2, [row["sufficiency"], lowest], linestyle=":", **thin)
+            for column in controls:
+                axis.plot(row["minimality"], row[column], marker=style.CONTROLS[column]["marker"], markersize=6, **thin)
+        for column in controls:
+            look = style.CONTROLS[column] | {"linestyle": "", "color": "0.3", "markersize": 6}
+            entries[column] = Line2D([], [], **look)
+            style.extend_axis(axis, "y", means[column].dropna().clip(lower=0))
+    return list(entries.values())
 
 
 def draw_path(axis: Axes, points: pd.DataFrame, label: str, look: dict) -> None:
@@ -398,9 +521,26 @@ def draw_plane_by_epoch(fig: Figure, groups: list[Group]) -> None:
                 axis.scatter(points["minimality"], points["sufficiency"], c=colours, marker=marker, s=16)
                 axis.scatter([], [], color="black", marker=marker, s=16, label=layer)
         widen_axes(axes)
+        entries = draw_ceiling(axes, group.tables["information"], group, "x")
+        entries += draw_control_lines(axes, group)
         add_colour_bar(part, axes, group.last)
         style.add_legend(part, axes[0], f"{group.describe_seeds('mean of ')}\nencoder up to")
+        style.add_key(part, entries)
     share_scale(fig, groups, "x", "y")
+
+
+def draw_control_lines(axes: np.ndarray, group: Group) -> list[Artist]:
+    """Draw lines through the controls of the layers in the last epoch. Return the legend entries."""
+    entries = {}
+    for name, axis in zip(group.sets, axes, strict=True):
+        means = average_last(group, name)
+        for column, look in style.CONTROLS.items():
+            if column in means:
+                thin = {"linestyle": look["linestyle"], "color": style.get_epoch_colour(group.last, group.last)}
+                axis.plot(means["minimality"], means[column], **thin, **style.THIN)
+                style.extend_axis(axis, "y", means[column].dropna().clip(lower=0))
+                entries[column] = Line2D([], [], label=f"{look['label']}, last epoch", **thin, **style.THIN)
+    return list(entries.values())
 
 
 def add_colour_bar(fig: FigureBase, axes: np.ndarray, last: int) -> None:

@@ -10,7 +10,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from analysis import figures, style
-from analysis.statistics import SUBOPTIMAL_BITS
+from analysis.statistics import SUBOPTIMAL_BITS, find_ceilings
 from analysis.tables import Group
 
 
@@ -25,6 +25,7 @@ class FigureKind:
         is_available: a function that returns whether a group has data for this figure.
         height: the height of a subfigure in inches.
         one_per_group: whether each group has a separate subfigure.
+        controls: a text about the marks of the controls, which is added to the caption if there are any.
     """
 
     title: str
@@ -33,12 +34,21 @@ class FigureKind:
     is_available: Callable[[Group], bool]
     height: float
     one_per_group: bool = True
+    controls: str = ""
 
 
 def has_rows(table: str) -> Callable[[Group], bool]:
     """Return a function that returns whether the given table of a group has rows."""
     return lambda group: not group.tables[table].empty
 
+
+# What the controls mean, for the captions of all figures that show them.
+CONTROLS = (
+    " The value of shuffled labels (the original labels in a random order) is what decoders memorise at this number of "
+    "samples N. Sufficiency counts only where it is higher. The value of held-out samples is what the probes of the "
+    "training set can use on the test set. Below 0 it is cut off. The ceiling of minimality is the mean entropy of its "
+    "labelings. It may be outside the panel."
+)
 
 KINDS = {
     "lr_range": FigureKind(
@@ -119,6 +129,10 @@ KINDS = {
         draw=figures.draw_information,
         is_available=has_rows("dib"),
         height=4.8,
+        controls=(
+            "Thin lines without markers are controls of the layer of the same colour: dotted for shuffled labels, "
+            "dash-dotted for held-out samples. The grey line is the ceiling of minimality." + CONTROLS
+        ),
     ),
     "plane": FigureKind(
         title="Information plane",
@@ -131,6 +145,10 @@ KINDS = {
         draw=figures.draw_plane,
         is_available=has_rows("dib"),
         height=3.6,
+        controls=(
+            "A dotted line joins the last point of a path to its controls: a dash for shuffled labels, a star of three "
+            "rays for held-out samples. The grey line is the ceiling of minimality." + CONTROLS
+        ),
     ),
     "plane_by_epoch": FigureKind(
         title="Information plane by epoch",
@@ -142,6 +160,10 @@ KINDS = {
         draw=figures.draw_plane_by_epoch,
         is_available=lambda group: has_rows("dib")(group) and group.hparams[0]["data"] == "SZT",
         height=3.8,
+        controls=(
+            "Thin lines without markers join the controls of all layers in the last epoch: dotted for shuffled labels, "
+            "dash-dotted for held-out samples. The grey line is the ceiling of minimality." + CONTROLS
+        ),
     ),
     "gap": FigureKind(
         title="Generalisation and compression",
@@ -169,8 +191,32 @@ KINDS = {
         draw=figures.draw_convergence,
         is_available=has_rows("convergence_information"),
         height=4.8,
+        controls=(
+            "Thin lines without markers are controls, as in Decodable information. If the curve of the shuffled labels "
+            "rises with the steps, the decoders memorise more."
+        ),
     ),
 }
+
+
+def write_caption(name: str, groups: list[Group]) -> str:
+    """Return the caption of a figure of these groups."""
+    kind, parts = KINDS[name], [KINDS[name].caption]
+    if kind.controls and any(group.has_controls for group in groups):
+        parts.append(kind.controls)
+    if kind.controls:
+        parts += describe_ceilings(groups)
+    return " ".join(parts)
+
+
+def describe_ceilings(groups: list[Group]) -> list[str]:
+    """Return a sentence for each quantity that is at its ceiling in all layers and epochs of a group."""
+    return [
+        f"{group.label}: {quantity} on the {set_name} set is at its ceiling of {ceiling:.2f} bits in every layer and "
+        "epoch, so it shows no difference between them; more samples (--dib-size) are needed."
+        for group in groups
+        for quantity, set_name, ceiling in find_ceilings(group.tables["information"])
+    ]
 
 
 def render_figures(groups: list[Group], formats: tuple[str, ...]) -> Iterator[tuple[str, list[bytes]]]:

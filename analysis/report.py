@@ -23,7 +23,7 @@ def render_page(groups: list[Group]) -> str:
         title="Neural collapse and decodable information: " + "; ".join(group.label for group in groups),
         tables=make_tables(groups),
         figures=[
-            (name, gallery.KINDS[name], embed_svg(svg, name))
+            (name, gallery.KINDS[name].title, gallery.write_caption(name, groups), embed_svg(svg, name))
             for name, (svg,) in gallery.render_figures(groups, ("svg",))
         ],
         settings=tabulate_settings(groups),

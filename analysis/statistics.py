@@ -11,7 +11,8 @@ import pandas as pd
 from analysis.reading import INPUT, SETS
 from layerwise import schema
 
-QUANTITIES = ("minimality", "sufficiency")
+QUANTITIES = {"minimality": "ceiling", "sufficiency": "label_entropy"}  # and the columns of their ceilings
+CEILING_BITS = 0.01  # a value is at its ceiling if it is at most this far below
 SUBOPTIMAL_BITS = schema.SUBOPTIMAL / math.log(2)
 
 
@@ -128,6 +129,11 @@ def update_input_upper(dib: pd.DataFrame) -> pd.DataFrame:
     return dib.assign(upper=dib["upper"].where(is_kept, least))
 
 
+def is_digit(dib: pd.DataFrame) -> pd.Series:
+    """Return a mask of the rows of digits."""
+    return ~dib["labeling"].isin([schema.LABELS, schema.SHUFFLED, schema.HELD_OUT])
+
+
 def compute_information(dib: pd.DataFrame, *across: str) -> pd.DataFrame:
     """Return minimality and sufficiency in bits for every seed, set, layer and value of `across`, in order of depth.
 
@@ -146,17 +152,28 @@ def compute_information(dib: pd.DataFrame, *across: str) -> pd.DataFrame:
     keys = ["seed", *across, "set", "layer"]
     labeling = dib["labeling"]
     rows = {"sufficiency": schema.LABELS, "shuffled": schema.SHUFFLED, "held_out": schema.HELD_OUT}
-    chosen = {"minimality": ~labeling.isin(rows.values()), **{name: labeling == word for name, word in rows.items()}}
+    chosen = {"minimality": is_digit(dib), **{name: labeling == word for name, word in rows.items()}}
     bits = {column: (dib["entropy"] - dib[column]) / math.log(2) for column in ("upper", "loss")}
     values = dib[[*keys, "enumeration"]].copy()
     for name, of_labeling in chosen.items():
         values[name] = bits["upper"].where(of_labeling)
-    for name, ceiling in (("minimality", "ceiling"), ("sufficiency", "label_entropy")):
+    for name, ceiling in QUANTITIES.items():
         values[f"{name}_by_loss"] = bits["loss"].where(chosen[name])
         values[ceiling] = (dib["entropy"] / math.log(2)).where(chosen[name])
     of_enumerations = values.groupby([*keys, "enumeration"], sort=False)["minimality"].mean()
     means = values.drop(columns="enumeration").groupby(keys, sort=False).mean()
     return means.assign(deviation=of_enumerations.groupby(keys, sort=False).std()).reset_index()
+
+
+def find_ceilings(information: pd.DataFrame) -> list[tuple[str, str, float]]:
+    """Return (quantity, set, ceiling) of the quantities that are at their ceiling in all layers, epochs and seeds."""
+    found = []
+    for quantity, ceiling in QUANTITIES.items():
+        for set_name, rows in information.groupby("set", sort=False):
+            below = (rows[ceiling] - rows[quantity]).dropna()
+            if len(below) and below.max() <= CEILING_BITS:
+                found.append((quantity, set_name, rows[ceiling].mean()))
+    return found
 
 
 def compute_suboptimal_share(dib: pd.DataFrame) -> pd.Series:

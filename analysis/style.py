@@ -1,12 +1,14 @@
 """Set how every figure looks: sizes, colours, markers, axes and legends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import FuncNorm, ListedColormap
 from matplotlib.figure import FigureBase
+from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
@@ -41,6 +43,19 @@ INPUT = {"color": "black", "marker": "X"}
 CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5}  # layers whose class means have a deficient rank
 HOLLOW = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.6}
 DASHES = {"train": "-", "test": "--"}
+CONTROLS = {  # by the columns of the table information
+    "shuffled": {"label": "shuffled labels", "linestyle": ":", "marker": "_"},
+    "held_out": {"label": "held-out samples", "linestyle": "-.", "marker": "1"},
+}
+THIN = {"linewidth": 0.8, "zorder": 1.5}  # below the curves
+CEILING = {"color": "0.6", **THIN}
+BARS = {"linestyle": "", "elinewidth": 0.8, "capsize": 2.5, "zorder": 3}  # of axis.errorbar
+BAR = {  # of their legend entry
+    "marker": Path([(-0.4, -1), (0.4, -1), (0, -1), (0, 1), (-0.4, 1), (0.4, 1)]),
+    "markersize": 10,
+    "markerfacecolor": "none",
+    "markeredgewidth": 0.8,
+}
 
 
 def assign_looks(names: Sequence) -> dict[str, dict]:
@@ -110,6 +125,14 @@ def widen_axis(axis: Axes, direction: str) -> None:
     getattr(axis, f"set_{direction}lim")(low - more, high + more)
 
 
+def extend_axis(axis: Axes, direction: str, values: Iterable[float]) -> None:
+    """Make the x or y axis longer, where necessary, so that it shows these values within a margin."""
+    low, high = getattr(axis, f"get_{direction}lim")()
+    values, margin = list(values), 0.05 * (high - low)
+    lowest, highest = min([low, *(value - margin for value in values)]), max([high, *(v + margin for v in values)])
+    getattr(axis, f"set_{direction}lim")(lowest, highest)
+
+
 def limit_ticks(axis: Axes) -> None:
     """Reduce the number of ticks on the x axis, to leave room for long numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -120,3 +143,9 @@ def add_legend(fig: FigureBase, axis: Axes, title: str) -> None:
     handles, names = axis.get_legend_handles_labels()
     columns = {"ncols": 2, "columnspacing": 1} if len(names) > MANY else {}
     fig.legend(handles, names, loc="outside right center", title=title, alignment="left", **columns)
+
+
+def add_key(fig: FigureBase, entries: list[Artist]) -> None:
+    """Add a legend with these entries below all panels, if there are any."""
+    if entries:
+        fig.legend(handles=entries, loc="outside lower center", ncols=len(entries))

@@ -13,7 +13,13 @@ import numpy as np
 import pandas as pd
 
 from analysis.reading import COLUMNS, INPUT, OPTIONAL, SETS, RunTables, read_run
-from analysis.statistics import choose_log_spaced, compute_information, update_input_upper
+from analysis.statistics import (
+    choose_log_spaced,
+    compute_information,
+    explain_unequal_sets,
+    is_digit,
+    update_input_upper,
+)
 from layerwise.runs import find_newest_run
 
 MEAN_SD = "mean ± sd of "
@@ -89,6 +95,34 @@ class Group:
         """The measured sets."""
         measured = {*self.tables["nc1"]["set"], *self.tables["dib"]["set"]}
         return [name for name in SETS if name in measured]
+
+    @property
+    def has_controls(self) -> bool:
+        """Whether the shuffled labels were measured in any epoch."""
+        return bool(self.tables["information"]["shuffled"].notna().any())
+
+    @property
+    def enumerations(self) -> int:
+        """The number of enumerations that the digits are from."""
+        return self.tables["dib"]["enumeration"].where(is_digit(self.tables["dib"])).nunique()
+
+    @property
+    def has_equal_sets(self) -> bool:
+        """Whether minimality and sufficiency can be compared between the sets. If not, their panels differ in scale."""
+        return not explain_unequal_sets(self.hparams)
+
+    def describe_samples(self, set_name: str) -> str:
+        """Return "N = 3,482", the number of samples of DIB, or an empty string if it is not recorded."""
+        counts = [(flags.get("dib_samples") or {}).get(set_name) for flags in self.hparams]
+        if None in counts:
+            return ""
+        fewest, most = min(counts), max(counts)
+        return f"N = {fewest:,}" if fewest == most else f"N = {fewest:,} to {most:,}"
+
+    def select_last(self, table: str) -> pd.DataFrame:
+        """Return the rows of the last measured epoch, and those of the input, which is measured in one epoch only."""
+        rows = self.tables[table]
+        return rows[(rows["epoch"] == rows["epoch"].max()) | (rows["layer"] == INPUT)]
 
     def select_rows(self, table: str, set_name: str) -> pd.DataFrame:
         """Return the rows of a table that belong to one set."""

@@ -133,6 +133,172 @@ def find_hollow_markers(axis) -> dict[str, list]:
     }
 
 
+def find_thin_lines(axis, linestyle: str) -> dict[tuple, list]:
+    """Return y in nats of the lines of this style without markers, by their colours."""
+    found = [one for one in axis.lines if one.get_linestyle() == linestyle and one.get_marker() == "None"]
+    return {to_rgb(one.get_color()): [y * np.log(2) for y in one.get_ydata()] for one in found}
+
+
+def find_ceilings(axis) -> list:
+    """Return the lines in the colour of the ceiling."""
+    return [one for one in axis.lines if to_rgb(one.get_color()) == to_rgb(style.CEILING["color"])]
+
+
+def read_key(figure):
+    """Return the names in the legend below the panels of a figure, which is there if there are controls."""
+    return [text.get_text() for each in figure.subfigs[0].legends[1:] for text in each.get_texts()]
+
+
+CEILING = f"ceiling of minimality: {0.69 / np.log(2):.2f} (train), {0.69 / np.log(2):.2f} (test)"
+
+
+def test_controls_are_thin_lines_in_the_panels_of_sufficiency(tmp_path):
+    """Information of the shuffled labels is 0.02 nats, that of held-out samples 0.15 and of the test set only."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
+    figure = gallery.draw_figure("information", read_groups(runs))
+    *above, train, test = list_axes(figure, 4)
+    colours = [to_rgb(find_line(train, layer).get_color()) for layer in ("input", *LAYERS)]
+    for axis, linestyle, nats in ((train, ":", 0.02), (test, ":", 0.02), (test, "-.", 0.15)):
+        found = find_thin_lines(axis, linestyle)
+        assert list(found) == colours
+        assert list(found.values()) == [pytest.approx([nats] * count) for count in (2, 3, 3, 3)]
+        assert axis.get_ylim()[0] * np.log(2) < nats
+    assert [find_thin_lines(axis, "-.") for axis in (*above, train)] == [{}, {}, {}]
+    assert [find_thin_lines(axis, ":") for axis in above] == [{}, {}]
+    assert len(train.collections) == 3  # a band for each layer; that of the input is a patch
+    assert read_key(figure) == [CEILING, "shuffled labels", "held-out samples"]
+
+
+def test_nothing_is_added_to_figures_of_runs_without_controls(tmp_path):
+    found = read_groups([write_run(tmp_path / "run", LAYERS, controls=False, factors=(1, 2))])
+    for name in ("information", "convergence", "plane", "plane_by_epoch"):
+        figure = gallery.draw_figure(name, found)
+        assert read_key(figure) == []
+        for axis in list_axes(figure, 4):
+            assert [
+                one for one in axis.lines if one.get_linestyle() in (":", "-.") or one.get_marker() in ("_", "1")
+            ] == []
+            assert find_ceilings(axis) == []
+
+
+def test_held_out_values_below_0_do_not_stretch_the_axis(tmp_path):
+    run = write_run(tmp_path / "run", LAYERS)
+    dib = pd.read_csv(run / "dib.csv")
+    dib.loc[dib["labeling"] == "held-out", "upper"] = 5
+    dib.to_csv(run / "dib.csv", index=False)
+    for name, position in (("information", 3), ("plane", 1), ("plane_by_epoch", 1)):
+        low, high = list_axes(gallery.draw_figure(name, read_groups([run])), 4)[position].get_ylim()
+        assert -0.1 * high < low < 0
+
+
+@pytest.mark.parametrize(("epochs", "is_shown"), [(3, False), (6, True)])
+def test_the_ceiling_is_shown_if_it_is_near(tmp_path, epochs, is_shown):
+    """It is 0.69 nats. Minimality is 0.1 to 0.3 nats, or to 0.6."""
+    found = read_groups([write_run(tmp_path / "run", LAYERS, epochs=epochs)])
+    panels = {
+        ("information", "y"): list_axes(gallery.draw_figure("information", found)),
+        ("plane", "x"): list_axes(gallery.draw_figure("plane", found)),
+        ("plane_by_epoch", "x"): list_axes(gallery.draw_figure("plane_by_epoch", found)),
+    }
+    for (name, direction), axes in panels.items():
+        for axis in axes:
+            (line,) = find_ceilings(axis)
+            assert getattr(line, f"get_{direction}data")() == pytest.approx([0.69 / np.log(2)] * 2), name
+            low, high = getattr(axis, f"get_{direction}lim")()
+            assert (high > 0.69 / np.log(2)) == is_shown, name
+            assert low < 0.1 / np.log(2) < high
+
+
+def test_the_spread_over_enumerations_is_a_bar_at_each_marker(tmp_path):
+    """Minimality by one enumeration is 0.1 or 0.12 nats per epoch, by seed, and 0.01 and 0.02 more by the others."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, enumerations=3) for seed in (0, 2)]
+    figure = gallery.draw_figure("information", read_groups(runs))
+    for axis, count in zip(list_axes(figure, 4), (4, 4, 0, 0), strict=True):
+        assert len(axis.containers) == count
+        bars = [container.lines[2][0].get_segments() for container in axis.containers]
+        for of_layer in bars[1:]:
+            nats = [[(epoch, y * np.log(2)) for epoch, y in bar] for bar in of_layer]
+            assert nats == [[pytest.approx((n, 0.11 * n)), pytest.approx((n, 0.11 * n + 0.02))] for n in (1, 2, 3)]
+    assert read_key(figure) == [CEILING, "sd over 3 enumerations", "shuffled labels", "held-out samples"]
+    alone = gallery.draw_figure("information", read_groups([write_run(tmp_path / "one", LAYERS)]))
+    assert list_axes(alone)[0].containers == []
+
+
+def test_bars_of_a_wide_spread_are_within_the_panel(tmp_path):
+    run = write_run(tmp_path / "run", LAYERS, enumerations=2)
+    dib = pd.read_csv(run / "dib.csv")
+    dib.assign(upper=dib["upper"] - 0.2 * (dib["enumeration"] == 2)).to_csv(run / "dib.csv", index=False)
+    axis = list_axes(gallery.draw_figure("information", read_groups([run])))[0]
+    ends = [y for each in axis.containers for bar in each.lines[2][0].get_segments() for y in bar[:, 1]]
+    low, high = axis.get_ylim()
+    assert low < min(ends) < max(ends) < high
+    assert (max(ends) - min(ends)) * np.log(2) > 0.4
+
+
+def test_controls_are_marks_below_the_ends_of_the_paths(tmp_path):
+    """In epoch 3 minimality is 0.3 nats and sufficiency 0.5. The input has these values too."""
+    figure = gallery.draw_figure("plane", read_groups([write_run(tmp_path / "run", LAYERS)]))
+    for axis, controls in zip(list_axes(figure), ({"_": 0.02}, {"_": 0.02, "1": 0.15}), strict=True):
+        for layer in ("input", *LAYERS):
+            colour = to_rgb(find_line(axis, layer).get_color())
+            own = [one for one in axis.lines if to_rgb(one.get_color()) == colour]
+            marks = {one.get_marker(): one.get_xydata() * np.log(2) for one in own if one.get_marker() in ("_", "1")}
+            assert {mark: points.tolist() for mark, points in marks.items()} == {
+                mark: [pytest.approx([0.3, nats])] for mark, nats in controls.items()
+            }
+            (joined,) = [one.get_xydata() * np.log(2) for one in own if one.get_linestyle() == ":"]
+            assert joined == pytest.approx(np.array([[0.3, 0.5], [0.3, 0.02]]))
+        assert axis.get_ylim()[0] * np.log(2) < 0.02
+    assert read_key(figure) == [CEILING, "shuffled labels", "held-out samples"]
+
+
+def test_controls_of_the_last_epoch_are_lines_in_the_plane_by_epoch(tmp_path):
+    figure = gallery.draw_figure("plane_by_epoch", read_groups([write_run(tmp_path / "run", LAYERS)]))
+    last = to_rgb(style.get_epoch_colour(3, 3)[:3])
+    train, test = list_axes(figure)
+    for axis, linestyle, nats in ((train, ":", 0.02), (test, ":", 0.02), (test, "-.", 0.15)):
+        assert find_thin_lines(axis, linestyle) == {last: pytest.approx([nats] * 4)}
+        assert axis.get_ylim()[0] * np.log(2) < nats
+    assert find_thin_lines(train, "-.") == {}
+    assert read_key(figure) == [CEILING, "shuffled labels, last epoch", "held-out samples, last epoch"]
+
+
+def test_panels_of_dib_name_the_number_of_samples(tmp_path):
+    runs = [
+        write_run(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2), dib_samples={"train": 3482, "test": count})
+        for seed, count in ((0, 614), (1, 700))
+    ]
+    found = read_groups(runs)
+    for name in ("information", "plane", "plane_by_epoch", "convergence"):
+        titles = [axis.get_title() for axis in list_axes(gallery.draw_figure(name, found))]
+        assert titles == ["train set, N = 3,482", "test set, N = 614 to 700"]
+    assert [axis.get_title() for axis in list_axes(gallery.draw_figure("nc1", found))] == ["train set", "test set"]
+    unknown = read_groups([write_run(tmp_path / "unknown", LAYERS, dib_samples=None)])
+    assert [axis.get_title() for axis in list_axes(gallery.draw_figure("plane", unknown))] == ["train set", "test set"]
+
+
+@pytest.mark.parametrize(("samples", "is_shared"), [(60, True), (615, False)])
+def test_panels_of_unequal_sets_have_scales_of_their_own(tmp_path, samples, is_shared):
+    """Information on the training set is a tenth of that on the test set. Groups have a common scale for each set."""
+    runs = []
+    for seed in (0, 2):
+        flags = {"dib_samples": {"train": 60, "test": samples}, "widths": [seed + 1]}
+        runs.append(write_run(tmp_path / f"s{seed}", LAYERS, seed, **flags))
+        dib = pd.read_csv(runs[-1] / "dib.csv")
+        dib.loc[dib["set"] == "train", "upper"] = 0.69 - 0.1 * (0.69 - dib["upper"])
+        dib.assign(loss=dib["upper"]).to_csv(runs[-1] / "dib.csv", index=False)
+    for name, count in (("information", 4), ("plane", 2)):
+        figure = gallery.draw_figure(name, read_groups(runs))
+        FigureCanvasAgg(figure).draw()
+        train, test, *_ = axes = list_axes(figure, 2 * count)
+        assert (train.get_ylim() == test.get_ylim()) == is_shared
+        assert bool(test.get_ylabel()) != is_shared
+        assert bool([text for text in test.get_yticklabels() if text.get_text()]) != is_shared
+        assert [axis.get_ylim() for axis in axes[:count]] == [axis.get_ylim() for axis in axes[count:]]
+        if name == "plane":
+            assert (train.get_xlim() == test.get_xlim()) == is_shared
+
+
 def raise_losses(run, rows: str, nats: float) -> None:
     """Set the losses in rows of dib.csv that begin like this to so much above `upper`, all others to `upper`."""
     dib = pd.read_csv(run / "dib.csv", dtype=str)
@@ -168,7 +334,7 @@ def test_probes_far_below_do_not_stretch_the_axis_and_are_counted(tmp_path):
     """Sufficiency is 0.3 to 0.5 nats. A marker 0.02 below is shown, one 50 below is not."""
     views = []
     for name, nats in (("a", 0), ("b", 0.02), ("c", 50)):
-        run = write_run(tmp_path / name, LAYERS)
+        run = write_run(tmp_path / name, LAYERS, controls=False)
         raise_losses(run, "1,train,hidden2,0,y", nats)
         figure = gallery.draw_figure("information", read_groups([run]))
         views.append(
@@ -207,6 +373,8 @@ def test_convergence_is_drawn_by_steps(tmp_path):
     )
     assert find_legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nencoder up to"
     assert read_legend(figure) == ["input", *LAYERS, "probe's own loss"]
+    assert list(find_thin_lines(found[3], "-.").values()) == [pytest.approx([0.15] * 4)] * 4
+    assert read_key(figure) == [CEILING, "shuffled labels", "held-out samples"]
 
 
 def test_groups_share_a_figure(tmp_path):
@@ -480,7 +648,7 @@ def test_the_arrow_of_time_points_from_early_to_late(tmp_path):
 
 def test_the_line_of_an_epoch_joins_the_input_and_the_layers(tmp_path):
     figure = gallery.draw_figure("plane_by_epoch", read_groups([write_run(tmp_path / "run", LAYERS, epochs=5)]))
-    by_epoch = list_axes(figure)[0].lines
+    by_epoch = list_axes(figure)[0].lines[:5]
     expected = np.array([[5, 1, 1, 1], [5, 2, 2, 2], [5, 3, 3, 3], [5, 4, 4, 4], [5, 5, 5, 5]])
     assert np.array([line.get_xdata() for line in by_epoch]) == pytest.approx(0.1 * expected / np.log(2))
     assert not gallery.KINDS["plane_by_epoch"].is_available(
@@ -564,7 +732,7 @@ def test_colours_differ_in_grey_and_are_dark_enough_for_paper():
 def test_no_text_overlaps_or_leaves_the_figure(tmp_path, monkeypatch, name, layers, samples):
     """Figures have as many layers as ConvNeXt, or few and long numbers at the ticks, and suboptimal probes."""
     flags = {"data": "SZT" if name == "plane_by_epoch" else "CIFAR10", "dib_samples": {"train": 60, "test": samples}}
-    run = write_run(tmp_path / "run", layers, epochs=12, factors=(1, 2, 4, 8), **flags)
+    run = write_run(tmp_path / "run", layers, epochs=12, factors=(1, 2, 4, 8), enumerations=3, **flags)
     dib = pd.read_csv(run / "dib.csv")
     dib["upper"] = 0.69 - np.where(dib["set"] == "test", np.arange(len(dib)) // 3 % 22 / 1000 - 0.007, 0.001)
     dib["loss"] = dib["upper"] + np.arange(len(dib)) % 7

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from analysis import gallery, style
@@ -34,6 +35,35 @@ def test_every_figure_is_written_as_png_and_as_pdf_with_fonts(tmp_path, capsys):
             assert b"/Subtype /Image" not in content, name  # vector graphics
         else:
             assert content.startswith(b"\x89PNG"), name
+
+
+def test_quantities_at_their_ceiling_are_named(tmp_path, capsys):
+    """Minimality of the test set is within 0.01 bits (0.007 nats) in all layers, except in one case."""
+    sentence = "minimality on the test set is at its ceiling of 1.00 bits in every layer and epoch, so it shows no "
+    sentence += "difference between them; more samples (--dib-size) are needed."
+    for nats, more, found in ((0.006, 0, [sentence]), (0.006, 0.002, []), (0.008, 0, [])):
+        run = write_run(tmp_path / f"{nats}{more}", LAYERS)
+        dib = pd.read_csv(run / "dib.csv", dtype={"labeling": str})
+        is_chosen = (dib["set"] == "test") & dib["labeling"].isin(["0", "1"])
+        dib.loc[is_chosen, "upper"] = nats + more * ((dib["split"] == "hidden2") & (dib["epoch"] == 2))
+        dib.to_csv(run / "dib.csv", index=False)
+        groups = read_groups([run])
+        write_figures(groups, run)
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if not line.endswith(".png")] == [f"MLP on SZT: {each}" for each in found]
+        for name in ("information", "plane", "plane_by_epoch"):
+            assert [sentence in gallery.write_caption(name, groups)] == [bool(found)]
+        assert sentence not in gallery.write_caption("nc1", groups)
+
+
+def test_captions_explain_controls_if_there_are_any(tmp_path):
+    groups = read_groups([write_run(tmp_path / str(on), LAYERS, controls=on, factors=(1, 2)) for on in (True, False)])
+    for name in ("information", "plane", "plane_by_epoch", "convergence"):
+        kind = gallery.KINDS[name]
+        assert gallery.write_caption(name, groups) == f"{kind.caption} {kind.controls}"
+        assert gallery.write_caption(name, groups[1:]) == kind.caption
+        assert "shuffled labels" in kind.controls
+    assert gallery.write_caption("nc1", groups) == gallery.KINDS["nc1"].caption
 
 
 @pytest.mark.parametrize(
