@@ -7,11 +7,32 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.reading import INPUT, SETS
-from analysis.statistics import QUANTITIES, SUBOPTIMAL_BITS, compute_suboptimal_share
+from analysis.statistics import (
+    QUANTITIES,
+    SUBOPTIMAL_BITS,
+    compute_linear_gaps,
+    compute_suboptimal_share,
+    explain_unequal_sets,
+)
 from analysis.tables import MEAN_SD, Group, exit_with_error, run_script
 from layerwise.runs import write_atomically
+from layerwise.schema import PROVED
 
 NOT_MEASURED = "–"
+# The columns of the table of controls: (column of the table information, meaning).
+CONTROLS = {
+    "shuffled": (
+        "shuffled",
+        "the information about the labels in a random order, which decoders can only memorise. Sufficiency counts only "
+        "where it is higher",
+    ),
+    "held-out": (
+        "held_out",
+        "the information about the labels of the test set that probes of the training set can use",
+    ),
+    "noise": ("minimality", "the minimality of linear probes on as many Gaussian samples of the same dimension"),
+    "deviation": ("deviation", "the standard deviation of minimality over the enumerations"),
+}
 
 
 def tabulate_training(groups: list[Group]) -> pd.DataFrame:
@@ -33,17 +54,10 @@ def tabulate_training(groups: list[Group]) -> pd.DataFrame:
 
 
 def tabulate_layers(group: Group) -> pd.DataFrame:
-    """Return NC1, minimality and sufficiency (bits) in the last measured epoch: a row for each layer, over seeds.
-
-    The input is measured in one epoch only, because it does not change.
-    """
-    nc1, information = (
-        table[(table["epoch"] == table["epoch"].max()) | (table["layer"] == INPUT)]
-        for table in (group.tables["nc1"], group.tables["information"])
-    )
-    first = [INPUT] if INPUT in {*nc1["layer"], *information["layer"]} else []
+    """Return NC1, minimality and sufficiency (bits) in the last measured epoch: a row for each layer, over seeds."""
+    nc1, information = group.select_last("nc1"), group.select_last("information")
     rows = []
-    for layer in [*first, *group.layers]:
+    for layer in list_layers(group):
         row = {"layer": layer}
         for set_name in SETS:
             values = nc1[(nc1["set"] == set_name) & (nc1["layer"] == layer)]
@@ -55,6 +69,30 @@ def tabulate_layers(group: Group) -> pd.DataFrame:
                 row[f"{quantity}, {set_name} (bits)"] = format_mean(information.loc[chosen, quantity])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def list_layers(group: Group) -> list[str]:
+    """Return the layers in order of depth, after the input if it was measured."""
+    is_measured = any(INPUT in group.tables[name]["layer"].array for name in ("nc1", "information"))
+    return [INPUT, *group.layers] if is_measured else group.layers
+
+
+def tabulate_controls(group: Group) -> pd.DataFrame:
+    """Return the controls of DIB (bits) in the last measured epoch: a row for each layer, over seeds.
+
+    CONTROLS describes the columns. Those without any value are left out.
+    """
+    information, noise = group.select_last("information"), group.tables["noise_information"]
+    columns = {}
+    for title, (column, _) in CONTROLS.items():
+        table = noise if title == "noise" else information
+        for set_name in SETS:
+            values = table[table["set"] == set_name].set_index("layer")[column].dropna()
+            if len(values):
+                columns[f"{title}, {set_name} (bits)"] = [
+                    format_mean(values[values.index == layer]) for layer in list_layers(group)
+                ]
+    return pd.DataFrame({"layer": list_layers(group), **columns} if columns else {})
 
 
 def format_rank(nc1: pd.DataFrame) -> str:
@@ -109,12 +147,49 @@ def format_markdown(table: pd.DataFrame) -> str:
 
 def format_latex(table: pd.DataFrame) -> str:
     """Return a table of texts in LaTeX. A column title "loss, train (nats)" is split into two lines."""
-    titles = [re.fullmatch(r"(\w+), (\w+)(.*)", name) or ("", "", name, "") for name in table]
+    titles = [re.fullmatch(r"([\w-]+), (\w+)(.*)", name) or ("", "", name, "") for name in table]
     aligned = "".join("l" if name in ("run", "seeds", "layer") else "r" for name in table)
     table = table.set_axis(pd.MultiIndex.from_tuples([(title[1] + title[3], title[2]) for title in titles]), axis=1)
     text = table.to_latex(index=False, escape=True, column_format=aligned, multicolumn_format="c")
     text = re.sub(r"(?<= )-(?=\d)", "$-$", text)
     return text.replace("±", r"$\pm$").replace("–", "--")
+
+
+def describe_controls(controls: pd.DataFrame) -> str:
+    """Return a note that describes the columns of the table of controls."""
+    found = [title for title in CONTROLS if any(name.startswith(title) for name in controls)]
+    return " ".join(f"{title}: {CONTROLS[title][1]}." for title in found)
+
+
+def describe_information(group: Group) -> str:
+    """Return a note on minimality and sufficiency, or an empty string if there are no probes."""
+    information = group.tables["information"]
+    if information.empty:
+        return ""
+    notes = [describe_suboptimal_probes(group), describe_linear_probes(group)]
+    for quantity, column in QUANTITIES.items():
+        means = information.groupby("set")[column].mean().dropna()
+        parts = " and ".join(f"{means[name]:.4f} bits ({name} set)" for name in SETS if name in means)
+        notes.append(f"The ceiling of {quantity} is {parts}." if parts else "")
+    reason = explain_unequal_sets(group.hparams)
+    if reason and set(SETS) <= set(information["set"]):
+        notes.append(
+            f"Minimality and sufficiency of the two sets cannot be compared: {reason}. Use --dib-size to measure both "
+            "sets at equal size."
+        )
+    return " ".join(note for note in notes if note)
+
+
+def describe_linear_probes(group: Group) -> str:
+    """Return a note on how far linear probes are from their optima, or an empty string if there are none."""
+    gaps = compute_linear_gaps(group.tables["dib"], group.hparams)
+    if gaps.empty:
+        return ""
+    unproved = int((~(gaps <= PROVED)).sum())  # `~`, so that NaN counts
+    return (
+        f"The loss of linear probes is above the optimum by at most {gaps.max():.1e} nats. {unproved} of {len(gaps):,} "
+        f"are not proved to be within {PROVED:.0e} nats."
+    )
 
 
 def describe_suboptimal_probes(group: Group) -> str:
@@ -139,11 +214,16 @@ def describe_epoch(group: Group) -> str:
 
 
 def make_tables(groups: list[Group]) -> list[tuple[str, pd.DataFrame, str]]:
-    """Return (title, table, note) of all runs and of the layers of each group. Empty tables are left out."""
+    """Return (title, table, note) of all runs, and of the layers and the controls of each group.
+
+    Empty tables are left out.
+    """
     found = [("Loss and accuracy", tabulate_training(groups), "")]
     for group in groups:
         title = f"{group.label}, {describe_epoch(group)}, {group.describe_seeds(MEAN_SD)}"
-        found.append((title, tabulate_layers(group), describe_suboptimal_probes(group)))
+        controls = tabulate_controls(group)
+        found.append((title, tabulate_layers(group), describe_information(group)))
+        found.append((f"{title}: controls", controls, describe_controls(controls)))
     return [each for each in found if len(each[1])]
 
 

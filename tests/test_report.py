@@ -26,6 +26,7 @@ def runs(tmp_path_factory):
         folder / "long",
         LAYERS,
         factors=(1, 2, 4),
+        linear=("hidden10",),
         optimizer="Adam, described by a text that is too long for a label of a group",
     )
     seeds = [write_run(folder / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
@@ -67,12 +68,20 @@ def test_the_page_has_every_figure_and_unique_ids(page, runs):
     assert [name for name in ids if name in gallery.KINDS] == names
     referred = set(re.findall(r'href="#([^"]+)|url\(#([^)]+)\)', page.read_text()))
     assert {a or b for a, b in referred} <= set(ids)
-    assert all(escape(gallery.KINDS[name].caption) in page.read_text().replace("&#39;", "&#x27;") for name in names)
+    text = page.read_text().replace("&#39;", "&#x27;")
+    assert all(escape(gallery.write_caption(name, read_groups(runs))) in text for name in names)
 
 
 def test_the_share_of_suboptimal_probes_is_below_the_table_of_each_group(page):
     note = r"</table>\s*</div>\s*<p>Of the probes of all epochs, [\d.]+% \(train set\) and [\d.]+% \(test set\)"
     assert len(re.findall(note, page.read_text())) == 3
+
+
+def test_the_controls_are_below_the_table_of_each_group(page):
+    note = r": controls</h3>.*?</table>\s*</div>\s*<p>shuffled: the information about the labels in a random order"
+    assert len(re.findall(note, page.read_text(), re.DOTALL)) == 3
+    assert page.read_text().count("noise: the minimality of linear probes") == 1
+    assert page.read_text().count("of 24 are not proved to be within 1e-05 nats") == 1
 
 
 def join_parts(run) -> str:
@@ -89,7 +98,7 @@ def test_the_page_contains_the_csvs(page, runs):
     expected = {
         f"{join_parts(run)}-{name}.csv": run / f"{name}.csv" for run in runs for name in ("epochs", "nc1", "dib")
     }
-    expected[f"{join_parts(runs[2])}-convergence.csv"] = runs[2] / "convergence.csv"
+    expected |= {f"{join_parts(runs[2])}-{name}": runs[2] / name for name in ("convergence.csv", "noise.csv")}
     assert found == {name: path.read_bytes() for name, path in expected.items()}
 
 
@@ -187,7 +196,7 @@ def test_without_scripts_the_tables_have_no_buttons(browser, page):
     try:
         open_page(browser, page, 1280)
         assert browser.find_elements("css selector", "th button") == []
-        assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == (3 + 1 + 1) + 4 + 4 + 20
+        assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == (3 + 1 + 1) + 2 * (4 + 4 + 20)
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 

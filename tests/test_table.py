@@ -123,6 +123,69 @@ def test_a_measure_that_was_off_is_a_dash_or_no_table(tmp_path, capsys):
     assert "run holds no finished epoch" in capsys.readouterr().err
 
 
+def test_controls_are_in_a_table_of_their_own(tmp_path):
+    """Information of shuffled labels is 0.02 nats, of held-out samples 0.15, of the digits of noise 0.08 to 0.1."""
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, enumerations=3, linear=("hidden2",)) for seed in (0, 2)]
+    controls = table.tabulate_controls(*read_groups(runs))
+    assert controls.to_dict("list") == {
+        "layer": ["input", *LAYERS],
+        "shuffled, train (bits)": ["0.02885 ± 0"] * 3,
+        "shuffled, test (bits)": ["0.02885 ± 0"] * 3,
+        "held-out, test (bits)": ["0.2164 ± 0"] * 3,
+        "noise, train (bits)": ["–", "–", "0.1298 ± 0"],
+        "noise, test (bits)": ["–", "–", "0.1298 ± 0"],
+        "deviation, train (bits)": ["0.01443 ± 0"] * 3,
+        "deviation, test (bits)": ["0.01443 ± 0"] * 3,
+    }
+    note = table.describe_controls(controls)
+    assert re.findall(r"([\w-]+): ", note) == ["shuffled", "held-out", "noise", "deviation"]
+
+
+def test_columns_of_controls_without_values_are_left_out(tmp_path):
+    (group,) = read_groups([write_run(tmp_path / "run", LAYERS)])
+    controls = table.tabulate_controls(group)
+    assert [name.split(",")[0] for name in controls] == ["layer", "shuffled", "shuffled", "held-out"]
+    assert re.findall(r"([\w-]+): ", table.describe_controls(controls)) == ["shuffled", "held-out"]
+    (group,) = read_groups([write_run(tmp_path / "without", LAYERS, controls=False)])
+    assert table.tabulate_controls(group).empty
+    assert [title for title, *_ in table.make_tables([group])] == ["Loss and accuracy", "MLP on SZT, epoch 3, seed 0"]
+
+
+def test_the_note_gives_the_ceilings(tmp_path):
+    (group,) = read_groups([write_run(tmp_path / "run", LAYERS)])
+    for quantity in ("minimality", "sufficiency"):
+        sentence = f"The ceiling of {quantity} is 0.9955 bits (train set) and 0.9955 bits (test set)."
+        assert sentence in table.describe_information(group)
+    assert table.describe_linear_probes(group) == ""
+
+
+def test_the_note_gives_the_gaps_of_linear_probes(tmp_path):
+    """The loss of digit 1 is 0.01 nats above `upper`, in 3 epochs of 2 sets, and all gaps are 1e-6 more."""
+    (group,) = read_groups([write_run(tmp_path / "run", LAYERS, linear=("hidden2",))])
+    sentences = "The loss of linear probes is above the optimum by at most 1.0e-02 nats. 6 of 24 are not proved to be "
+    assert table.describe_linear_probes(group) == sentences + "within 1e-05 nats."
+    assert table.describe_linear_probes(group) in table.describe_information(group)
+    group.tables["dib"]["loss"] = float("nan")
+    assert "24 of 24 are not proved" in table.describe_linear_probes(group)
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        ({"train": 3482, "test": 614}, "3,482 training and 614 test samples"),
+        (None, "the number of samples is not recorded"),
+        ({"train": 60, "test": 60}, ""),
+    ],
+)
+def test_a_note_warns_of_sets_of_unequal_size(tmp_path, samples, reason):
+    run = write_run(tmp_path / "run", LAYERS, dib_samples=samples)
+    warning = f"Minimality and sufficiency of the two sets cannot be compared: {reason}. Use --dib-size "
+    assert (warning in table.describe_information(*read_groups([run]))) == bool(reason)
+    text = (run / "dib.csv").read_text()
+    (run / "dib.csv").write_text("".join(row for row in text.splitlines(True) if ",train," not in row))
+    assert "cannot be compared" not in table.describe_information(*read_groups([run]))
+
+
 @pytest.fixture
 def written(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed) for seed in (0, 2)]
@@ -137,7 +200,9 @@ def test_markdown(written, capsys):
     assert blocks[::2] == [
         "Loss and accuracy",
         "MLP on SZT, epoch 3, mean ± sd of 2 seeds",
+        "MLP on SZT, epoch 3, mean ± sd of 2 seeds: controls",
         "MLP on SZT, nonlinearity a|b_c&, epoch 3, seed 0",
+        "MLP on SZT, nonlinearity a|b_c&, epoch 3, seed 0: controls",
     ]
     for block in blocks[1::2]:
         lines = block.strip().split("\n\n")[0].splitlines()
@@ -145,7 +210,9 @@ def test_markdown(written, capsys):
         assert set(lines[1]) == set("|- ")
     note = "Of the probes of all epochs, 32.1% (train set) and 32.1% (test set) are known suboptimal: "
     note += "their loss exceeds the smallest known upper bound by more than 0.001 bits."
-    assert [note in block for block in blocks[1::2]] == [False, True, True]
+    assert [note in block for block in blocks[1::2]] == [False, True, False, True, False]
+    assert "| hidden1 | 0.02885 ± 0 | 0.02885 ± 0 | 0.2164 ± 0 |" in blocks[5]
+    assert "\n\nshuffled: the information about the labels in a random order" in blocks[5]
     assert "| mean ± sd of 2 seeds | 3 | 0.67 ± 0.47 |" in blocks[1]
     assert r"| MLP on SZT, nonlinearity a\|b_c& | seed 0 | 3 | 0.3333 |" in blocks[1]
 
@@ -157,10 +224,13 @@ def test_latex(written):
         text.count("\n% Of the probes of all epochs, 32.1% (train set) and 32.1% (test set) are known suboptimal: ")
         == 2
     )
-    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 3
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 5
     assert r"\multicolumn{3}{c}{} & \multicolumn{2}{c}{loss (nats)} & \multicolumn{2}{c}{accuracy (\%)} \\" in text
     assert r" & \multicolumn{2}{c}{NC1} & \multicolumn{2}{c}{minimality (bits)} &" in text
     assert r"layer & train & test & train & test & train & test \\" in text
+    assert r" & \multicolumn{2}{c}{shuffled (bits)} & held-out (bits) \\" in text
+    assert r"layer & train & test & test \\" in text
+    assert text.count("\n% shuffled: the information about the labels in a random order") == 2
     assert r"MLP on SZT, nonlinearity a|b\_c\& & seed 0 & 3 & 0.3333 &" in text
     assert r"mean $\pm$ sd of 2 seeds & 3 & 0.67 $\pm$ 0.47 &" in text
     assert r"input & 200 $\pm$ 141 &" in text
