@@ -26,9 +26,6 @@ SUBOPTIMAL = 1e-3 * log(2)
 # The optimum of a linear probe is proved if loss - lower <= PROVED. In nats.
 PROVED = 1e-5
 
-# The optimum of a linear probe is proved if loss - lower <= PROVED. In nats.
-PROVED = 1e-5
-
 # Hparams that may change when a run is resumed.
 MAY_CHANGE = ("epochs", "resume", "run_dir", "data_dir", "download", "device", "torch", "torchvision", "processes")
 # Flags whose default depends on the device. Hparam `chosen` lists those not given. A resumed run sets them anew.
