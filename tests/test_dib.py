@@ -541,3 +541,10 @@ def test_held_out_samples_whose_encodings_are_not_finite_are_refused():
     other.inputs[7] = math.inf
     with pytest.raises(ValueError, match="not finite"):
         measure(make_toy_samples(), k=1, held_out=other)
+
+
+def test_results_are_float64():
+    """The gap of a linear probe is smaller than the precision of float32."""
+    y, *_ = dib.measure(make_mlp(), 3, make_toy_samples(), 3, make_mlp, probes=Tuned(8))
+    assert 0 < y.loss - y.lower < 1e-8
+    assert y.loss != torch.tensor(y.loss).item()

@@ -67,7 +67,7 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
         else:
             losses, held_out = train_group(task, probes, kind, members, encodings, batch_size)
         for (k, j), *values in zip(members, losses, lowers, strict=True):
-            results[:2, task.splits.index(k), j] = torch.tensor(values).to(results)
+            results[:2, task.splits.index(k), j] = torch.tensor(values, dtype=results.dtype)
         for k, loss in held_out.items():
             results[2, task.splits.index(k), 0] = loss
     processes.all_reduce_sum(results)
