@@ -563,3 +563,16 @@ def test_accumulators_can_be_computed_again(monkeypatch):
 def test_the_fields_are_the_columns_of_the_table():
     assert list(nc1.Collapse._fields) == COLUMNS["nc1.csv"].split(",")[3:]
     assert list(dib.ProbeResult._fields) == COLUMNS["dib.csv"].split(",")[3:]
+
+
+@pytest.mark.parametrize(("units", "rank"), [(7, 1), (9, 1), (19, 1), (21, 2)])
+def test_the_floor_of_the_rank_is_relative_to_the_longest_class_mean(units, rank):
+    """The means are (1, 0), 0 and 398 times (0, +-s).
+
+    M has the singular values sqrt(1 - 1/400) and sqrt(398) s, which is a number of eps. The first floor is 8 eps. The
+    second is sqrt(400) eps times the length of (1, 0).
+    """
+    means = torch.zeros(400, 2)
+    means[0, 0], means[2:, 1] = 1, units * 2**-23 / 398**0.5
+    means[3::2, 1] *= -1
+    assert nc1.collapse(means, torch.arange(400), 400).rank == rank
