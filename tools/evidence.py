@@ -1,8 +1,8 @@
 """Measure problems whose answers are known, and print a table in Markdown: `make evidence`.
 
-Each row comes from a function below. Its docstring says why the answer is known. It yields what was measured and the
-error that is allowed. If an error is larger, the exit status is 1. ROWS="simplex bits" selects rows. All but dense and
-kills take seconds on a CPU.
+Each row comes from a function, here or in tools/evidence_dib.py. Its docstring says why the answer is known. It yields
+what was measured and the error that is allowed. If an error is larger, the exit status is 1. ROWS="simplex bits"
+selects rows. All but dense and kills take seconds on a CPU.
 """
 
 import io
@@ -12,50 +12,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from functools import cache, partial
 from itertools import product, zip_longest
-from math import inf, isnan, log, log2, prod
+from math import prod
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import dib
 import models
 import nc1
 import train
 from layerwise import schema
 from layerwise.samples import Samples
 from relabel import relabel
-from tools.references import compute_dense_nc1, compute_newton_optimum
+from tools import evidence_dib
+from tools.references import compute_dense_nc1
+from tools.rows import Row, compute_error
 from training.terminal import Parser
 
 # Flags of a short run. Thesis probes take few steps.
 QUICK = ["--device", "cpu", "--widths", "4", "3", "--train-size", "64", "-b", "16", "--epochs", "2"]
 QUICK += ["--probes", "thesis", "--dib-epochs", "1"]
 
-BIT = log(2)  # nats
-LINEAR = 1e-4  # nats: a linear probe is this close to its optimum, or has a loss below this if the optimum is 0
 IMAGE = (3, 32, 32)  # CIFARNet needs at least 25 x 25, which makes its matrices d x d smallest
 SHAPES = {"MLP": (12,), "MNISTNet": (1, 28, 28), "CIFARNet": (3, 25, 25), "ConvNeXt": IMAGE, "ResNet": IMAGE}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-class Row(NamedTuple):
-    """A row of the table."""
-
-    measure: str
-    known: str
-    measured: str
-    error: float
-    unit: str  # of the error
-    most: float  # the error that is allowed
 
 
 def check_simplex() -> Iterator[Row]:
@@ -95,6 +80,42 @@ def check_gaussian() -> Iterator[Row]:
     yield Row("NC1, Gaussian classes, mean ± its error", f"{known:g}", measured, error, "", 0.006)
 
 
+def check_unbalanced() -> Iterator[Row]:
+    """Compare NC1 of classes of 6 and 2 samples, with means 0 and 4.
+
+    The mean over samples is 1, so Sigma_B = (1 + 9) / 2 = 5. With the mean of the class means, 2, it would be 4. Every
+    sample is 1 off its class mean: Sigma_W = 1.
+    """
+    x, y = torch.tensor([-1.0, 1, -1, 1, -1, 1, 3, 5])[:, None], torch.tensor([0] * 6 + [1] * 2)
+    found = measure_inputs(Samples(x, y), 2).nc1
+    yield Row("NC1, classes of 6 and 2 samples", "0.2", f"{found:.6f}", compute_error(found, 0.2), "", 1e-9)
+
+
+def check_spectrum() -> Iterator[Row]:
+    """Compare rank, kept, dropped and NC1 of 400 classes whose class means have known singular values.
+
+    One class mean is 1 on the first axis, and the others are 0 there. On the second and third axes, 396 are +-s, in
+    patterns that are orthogonal. The singular values are sqrt(1 - 1/400), 2^-10 and 14 eps, with eps of float32. The
+    last does not count, as it is below sqrt(400) eps times the longest class mean. Each class has two samples, at 1/2
+    and 3/2 of its mean. This adds 1/4 to NC1 for the second axis, and 1/4 / (1 - 1/400) for the first.
+    """
+    C, small = 400, torch.tensor([2**-10, 14 * 2**-23])
+    signs, means, first = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]), torch.zeros(C, 3), (1 - 1 / C) ** 0.5
+    means[0, 0], means[4:, 1:] = 1, signs.repeat(99, 1) * small / 396**0.5
+    layer = measure_inputs(Samples(torch.cat([means / 2, means * 3 / 2]), torch.arange(2 * C) % C), C)
+    known = (2, 1 / 4 + 1 / 4 / first**2, *(small / first).tolist())
+    found = layer[1:]
+    error = max(compute_error(a / b, 1) for a, b in zip(found, known, strict=True))
+    shown, measured = (f"{rank}, {nc1:.5f}, {kept:.2e}, {dropped:.2e}" for rank, nc1, kept, dropped in (known, found))
+    yield Row("NC1, rank, NC1, kept and dropped of known class means", shown, measured, error, "relative", 1e-6)
+
+
+def measure_inputs(samples: Samples, C: int) -> nc1.Collapse:
+    """Return NC1 of the inputs themselves."""
+    model = nn.Sequential(nn.Flatten())
+    return nc1.measure(model, {"inputs": model[0]}, samples, C)["inputs"]
+
+
 def check_dense() -> Iterator[Row]:
     """Compare NC1 of every layer of the five architectures after 20 training steps with the formula as it is written.
 
@@ -122,102 +143,6 @@ def check_dense() -> Iterator[Row]:
     measured = f"{min(values):.2g} to {max(values):.3g}, {worst} the worst"
     what = f"NC1, {len(errors)} layers of {len(SHAPES)} networks"
     yield Row(what, "dense formula, float64", measured, errors[worst], "relative", 1e-5)
-
-
-def make_decoder(values: int, hidden: bool) -> nn.Sequential:
-    """Return a network with 8 outputs: linear, or with a hidden layer."""
-    between = [nn.Linear(values, 16), nn.ReLU()] if hidden else []
-    return nn.Sequential(*between, nn.Linear(16 if hidden else values, 8))
-
-
-@cache
-def measure_bits(values: int, hidden: bool) -> tuple[float, list[float]]:
-    """Return the bits that probes find about 8 classes, and about each digit of their samples.
-
-    The network begins with a fixed layer. Its output is one-hot: it says in which of `values` equal intervals the class
-    lies, and nothing else. A class has 64 samples, and in each interval all values of a digit are equally frequent.
-    hidden: whether the probes have a hidden layer. Otherwise they are linear.
-    """
-
-    def make_model() -> nn.Sequential:
-        encoder = nn.Linear(8, values, bias=False)
-        encoder.weight.data = F.one_hot(torch.arange(8) * values // 8, values).T.float()  # (values, 8)
-        return nn.Sequential(encoder, *make_decoder(values, hidden))
-
-    y = torch.arange(512) % 8
-    labels, *digits = dib.measure(make_model(), 1, Samples(F.one_hot(y, 8).float(), y), 8, make_model)
-    return (labels.entropy - labels.loss) / BIT, [(probe.entropy - probe.loss) / BIT for probe in digits]
-
-
-# kinds of probes, and the errors that are allowed
-PROBES = (("linear probes", False, LINEAR / BIT), ("hidden layer", True, schema.SUBOPTIMAL / BIT))
-
-
-def check_bits() -> Iterator[Row]:
-    """Compare the information about the labels: which of 2^b intervals a class lies in is b of their 3 bits."""
-    for what, hidden, most in PROBES:
-        found = [measure_bits(2**b, hidden)[0] for b in range(4)]
-        error = max(compute_error(one, b) for b, one in enumerate(found))
-        yield Row(f"DIB of 8 classes, {what}", "0, 1, 2, 3 bits", format_values(found), error, "bits", most)
-
-
-def check_balanced() -> Iterator[Row]:
-    """Compare the information about digits when all 8 classes can be told apart.
-
-    The digits are balanced in each class, so that the class says nothing about them.
-    """
-    for what, hidden, most in PROBES:
-        found = measure_bits(8, hidden)[1]
-        error = max(compute_error(one, 0) for one in found)
-        yield Row(f"DIB of labels balanced in every value, {what}", "0 bits", format_values(found), error, "bits", most)
-
-
-def check_minimality() -> Iterator[Row]:
-    """Compare the minimality of encodings that are the first of two digits of a sample's number in its class, one-hot.
-
-    They hold 3 bits about that digit and none about the other: 1.5 on average.
-    """
-    y, first = torch.arange(512) % 8, torch.arange(512) // 64
-    for what, hidden, most in PROBES:
-        make_model = partial(make_decoder, 8, hidden)
-        _, *digits = dib.measure(make_model(), 0, Samples(F.one_hot(first, 8).float(), y), 8, make_model)
-        found = [(probe.entropy - probe.loss) / BIT for probe in digits]
-        error = compute_error(mean(found), 1.5)
-        yield Row(f"DIB, minimality, {what}", "(3 + 0) / 2 bits", format_values(found), error, "bits", most)
-
-
-def check_optimum() -> Iterator[Row]:
-    """Compare linear probes for SZT's labels and their digits with the optimum, on the 12 bits of the inputs.
-
-    They are logistic regressions, and each has one optimum.
-    """
-    samples = data.load("SZT").train
-
-    def make_model() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(12, 2))
-
-    found = [probe.loss for probe in dib.measure(make_model(), 0, samples, 2, make_model)]
-    labelings = [samples.labels, *relabel(samples.labels, 2).T]
-    known = [compute_newton_optimum(samples.inputs, labeling) for labeling in labelings]
-    error = max(compute_error(*pair) for pair in zip(found, known, strict=True))
-    what, shown = f"DIB, loss of {len(found)} linear probes", f"{mean(known):.4f} nats, by Newton"
-    yield Row(what, shown, f"{mean(found):.4f}", error, "nats", LINEAR)
-
-
-def check_szt() -> Iterator[Row]:
-    """Compare the information about SZT's labels, which follow from the inputs, with H(Y), which is counted here.
-
-    No decoder finds more. One that is right about every sample comes closer the larger its weights are. In 48 seeds the
-    difference was 0.0001 to 0.003 bits.
-    """
-    samples, make_model = data.load("SZT").train, partial(models.build, "MLP", (12,), 2)
-    torch.manual_seed(0)
-    labels, *_ = dib.measure(make_model(), 0, samples, 2, make_model)
-    ones = samples.labels.sum().item() / len(samples)
-    limit = -ones * log2(ones) - (1 - ones) * log2(1 - ones)
-    found = (labels.entropy - labels.loss) / BIT
-    error = limit - found if max(found, labels.entropy / BIT) < limit + 1e-9 else inf
-    yield Row("DIB of SZT's labels, from the input", f"at most {limit:.4f} bits", f"{found:.4f}", error, "bits", 0.01)
 
 
 def check_digits() -> Iterator[Row]:
@@ -272,12 +197,20 @@ def check_kills() -> Iterator[Row]:
 ROWS = {
     "simplex": check_simplex,
     "gaussian": check_gaussian,
+    "unbalanced": check_unbalanced,
+    "spectrum": check_spectrum,
     "dense": check_dense,
-    "bits": check_bits,
-    "balanced": check_balanced,
-    "minimality": check_minimality,
-    "optimum": check_optimum,
-    "szt": check_szt,
+    "bits": evidence_dib.check_bits,
+    "balanced": evidence_dib.check_balanced,
+    "minimality": evidence_dib.check_minimality,
+    "entropies": evidence_dib.check_entropies,
+    "optimum": evidence_dib.check_optimum,
+    "directions": evidence_dib.check_directions,
+    "convolution": evidence_dib.check_convolution,
+    "upper": evidence_dib.check_upper,
+    "lower": evidence_dib.check_lower,
+    "szt": evidence_dib.check_szt,
+    "enumerations": evidence_dib.check_enumerations,
     "digits": check_digits,
     "untouched": check_untouched,
     "kills": check_kills,
@@ -333,16 +266,6 @@ def read_results(folder: Path) -> dict[str, str]:
     texts = {name: (folder / name).read_text() for name in schema.COLUMNS}
     texts["epochs.csv"] = "\n".join(line.rsplit(",", 1)[0] for line in texts["epochs.csv"].splitlines())
     return texts
-
-
-def compute_error(found: float, known: float) -> float:
-    """Return the absolute difference, or inf if `found` is NaN, which max would skip."""
-    return inf if isnan(found) else abs(found - known)
-
-
-def format_values(values: Iterable[float]) -> str:
-    """Return the values with three decimals, separated by commas."""
-    return ", ".join(f"{round(value, 3) + 0.0:.3f}" for value in values)  # + 0.0 makes 0 of -0
 
 
 def format_error(x: float) -> str:
