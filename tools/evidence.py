@@ -209,6 +209,7 @@ ROWS = {
     "convolution": evidence_dib.check_convolution,
     "upper": evidence_dib.check_upper,
     "lower": evidence_dib.check_lower,
+    "held-out": evidence_dib.check_held_out,
     "szt": evidence_dib.check_szt,
     "enumerations": evidence_dib.check_enumerations,
     "digits": check_digits,

@@ -32,10 +32,10 @@ def compute_bits(probes: list[dib.ProbeResult]) -> list[float]:
     return [(probe.entropy - probe.loss) / BIT for probe in probes]
 
 
-def make_decoder(values: int, hidden: bool) -> nn.Sequential:
-    """Return a network with 8 outputs: linear, or with a hidden layer."""
-    between = [nn.Linear(values, 16), nn.ReLU()] if hidden else []
-    return nn.Sequential(*between, nn.Linear(16 if hidden else values, 8))
+def make_decoder(d: int, C: int, hidden: bool = False) -> nn.Sequential:
+    """Return a network for d features and C classes: linear, or with a hidden layer."""
+    between = [nn.Linear(d, 16), nn.ReLU()] if hidden else []
+    return nn.Sequential(*between, nn.Linear(16 if hidden else d, C))
 
 
 @cache
@@ -50,7 +50,7 @@ def measure_bits(values: int, hidden: bool) -> tuple[float, list[float]]:
     def make_model() -> nn.Sequential:
         encoder = nn.Linear(8, values, bias=False)
         encoder.weight.data = F.one_hot(torch.arange(8) * values // 8, values).T.float()  # (values, 8)
-        return nn.Sequential(encoder, *make_decoder(values, hidden))
+        return nn.Sequential(encoder, *make_decoder(values, 8, hidden))
 
     y = torch.arange(512) % 8
     samples = Samples(F.one_hot(y, 8).float(), y)
@@ -88,7 +88,7 @@ def check_minimality() -> Iterator[Row]:
     """
     y, first = torch.arange(512) % 8, torch.arange(512) // 64
     for what, hidden, most in PROBES:
-        make_model = partial(make_decoder, 8, hidden)
+        make_model = partial(make_decoder, 8, 8, hidden)
         samples, options = Samples(F.one_hot(first, 8).float(), y), {"enumerations": "data", "controls": False}
         _, *found = compute_bits(dib.measure(make_model(), 0, samples, 8, make_model, **options))
         error = compute_error(mean(found), 1.5)
@@ -101,10 +101,7 @@ def check_optimum() -> Iterator[Row]:
     They are logistic regressions, and each has one optimum. No two inputs are equal, so `lower` is a proof by duality.
     """
     samples = data.load("SZT").train
-
-    def make_model() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(12, 2))
-
+    make_model = partial(make_decoder, 12, 2)
     options = {"enumerations": "data", "controls": False}
     probes = dib.measure(make_model(), 0, samples, 2, make_model, **options)
     labelings = [samples.labels, *relabel(samples.labels, 2).T]
@@ -137,7 +134,7 @@ def check_entropies() -> Iterator[Row]:
     digit is 1 for 2, 2 and 4 of them.
     """
     y = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0])
-    make_model = partial(make_linear, 1)
+    make_model = partial(make_decoder, 1, 2)
     probes = dib.measure(make_model(), 0, Samples(y[:, None].float(), y), 2, make_model, controls=False)
     found, known = [probe.entropy / BIT for probe in probes], [compute_entropy(n, 8 - n) / BIT for n in (2, 2, 2, 4)]
     error = compute_largest_error(found, known)
@@ -157,11 +154,6 @@ def check_enumerations() -> Iterator[Row]:
     orders = len({tuple(number.tolist()) for number in [torch.arange(81) // 3, *numbers]})
     measured = f"{wrong} of {3 * 81} missing, {orders} orders"
     yield Row("numbers of 3 random enumerations and data order", "all, 4 orders", measured, wrong + 4 - orders, "", 0)
-
-
-def make_linear(d: int, C: int = 2) -> nn.Sequential:
-    """Return a network that is a linear layer."""
-    return nn.Sequential(nn.Linear(d, C))
 
 
 def make_noisy_values(distinct: bool = False) -> Samples:
@@ -218,7 +210,7 @@ def check_lower() -> Iterator[Row]:
     def make_rounding() -> nn.Sequential:
         return nn.Sequential(Rounding(), *make_narrow())
 
-    make_model, options = partial(make_linear, 3), {"probes": dib.Tuned(1), "controls": False}
+    make_model, options = partial(make_decoder, 3, 2), {"probes": dib.Tuned(1), "controls": False}
     of_linear, *_ = dib.measure(make_model(), 0, make_noisy_values(distinct=True), 2, make_model, **options)
     of_equal, *_ = dib.measure(make_narrow(), 0, make_noisy_values(), 2, make_narrow, **options)
     both = dib.measure_splits(make_rounding(), [0, 1], make_noisy_values(), 2, make_rounding, **options)
@@ -238,7 +230,7 @@ def check_directions() -> Iterator[Row]:
     noise, turn = (torch.randn(n, d, generator=g, dtype=torch.float64) for n, d in ((512, 7), (8, 8)))
 
     def make_model() -> nn.Sequential:
-        return make_linear(8).double()
+        return make_decoder(8, 2).double()
 
     found = []
     for s in sizes:
@@ -271,3 +263,35 @@ def check_convolution() -> Iterator[Row]:
         "bits",
         schema.SUBOPTIMAL / BIT,
     )
+
+
+def make_shares(*ones: int) -> Samples:
+    """Return 64 samples of each of some values, one-hot. Of 8 samples of a value, `ones` are of class 1."""
+    value = torch.arange(64 * len(ones)) // 64
+    return Samples(F.one_hot(value).float(), (torch.arange(len(value)) % 8 < torch.tensor(ones)[value]).long())
+
+
+def check_held_out() -> Iterator[Row]:
+    """Compare the held-out information about labels whose shares given the encodings are counted.
+
+    Of the samples of four values 1, 3, 5 and 7 eighths are of class 1, in both sets. The probes of the training set
+    attain these shares, and nothing is better on the test set: H(1/2) - (H(1/8) + H(3/8)) / 2. Then a quarter of the
+    training samples of every value are of class 1. Their linear probe is constant. It has no information about test
+    labels that follow from the values, of which 3 of 4 are of class 1.
+    """
+
+    def measure(train: Samples, test: Samples, hidden: bool) -> float:
+        make_model = partial(make_decoder, 4, 2, hidden)
+        (found,) = compute_bits(dib.measure(make_model(), 0, train, 2, make_model, held_out=test, controls=False)[-1:])
+        return found
+
+    population = make_shares(1, 3, 5, 7)
+    known = (compute_entropy(1, 1) - compute_entropy(1, 7) / 2 - compute_entropy(3, 5) / 2) / BIT
+    for what, hidden, most in PROBES:
+        found = measure(population, population, hidden)
+        yield Row(
+            f"DIB, held-out, {what}", f"{known:.4f} bits", f"{found:.4f}", compute_error(found, known), "bits", most
+        )
+    found = measure(make_shares(2, 2, 2, 2), make_shares(0, 8, 8, 8), hidden=False)
+    what = "DIB, held-out, training labels independent of the values"
+    yield Row(what, "0 bits", f"{found:.4f}", compute_error(found, 0), "bits", LINEAR / BIT)
