@@ -68,7 +68,7 @@ def test_nc1_agrees_with_the_dense_formula(C, d, more, spread, offset, batch_siz
 FLAGS = [flag for action in make_parser()._actions for flag in action.option_strings if "h" not in flag.strip("-")[:1]]
 NUMBERS = st.one_of(st.integers(), st.floats()).map(str)
 WORDS = st.sampled_from(
-    ["MLP", "SZT", "ResNet", "Tanh", "SGD", "cpu", "train", "input", "runs/a", "--", "-1", "nan", "1e-3"]
+    ["MLP", "SZT", "ResNet", "Tanh", "SGD", "cpu", "train", "input", "data", "runs/a", "--", "-1", "nan", "1e-3"]
 )
 
 
@@ -85,7 +85,8 @@ def test_flags_are_parsed_or_refused_in_one_line(arguments):
             if not refused and stop.code != 0:  # 0: --help
                 raise AssertionError(f"{stop.code}: {lines}") from stop
             return
-    counts = (config.batch_size, config.epochs, config.dib_epochs, config.enumerations, *(config.widths or []))
+    counts = (config.batch_size, config.epochs, config.dib_epochs, *(config.widths or []))
     assert all(n >= 1 for n in counts)
+    assert config.enumerations == "data" or config.enumerations >= 1
     assert config.learning_rate is None or 0 < config.learning_rate < math.inf
     assert config.seed >= 0
