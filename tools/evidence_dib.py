@@ -287,4 +287,4 @@ def compare_held_out(what: str, train: Samples, test: Samples, C: int, hidden: b
     *_, probe = dib.measure(make_model(), 0, train, C, make_model, held_out=test)
     found, known = (probe.entropy - probe.loss) / BIT, known / BIT
     error = compute_error(found, known)
-    return Row(what, f"{known:.4f} bits", f"{found:.4f}", error, "bits", schema.SUBOPTIMAL / BIT)
+    return Row(what, f"{round(known, 4):g} bits", f"{found:.4f}", error, "bits", schema.SUBOPTIMAL / BIT)
