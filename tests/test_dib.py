@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import dib
 from layerwise.probes import Task, Thesis, Tuned
@@ -192,10 +192,10 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
 def test_every_probe_and_every_start_has_weights_of_its_own(monkeypatch, probes):
     weights, batches = [], []
 
-    def train(probes, group, sizes: dict, batch_size: int, generator: torch.Generator, recorder: None) -> list[float]:
+    def train(probes, group, sizes: dict, batch_size: int, generator: torch.Generator, recorder: None) -> Tensor:
         weights.extend(probe.classifier.weight for probe in group.modules())
         batches.append(generator.initial_seed())
-        return [0.0] * (len(group.modules()) // probes.count_starts(make_mlp()))
+        return torch.zeros(len(group.modules()) // probes.count_starts(make_mlp()))
 
     monkeypatch.setattr(type(probes), "train", train)
     for epoch in (0, 1):

@@ -87,17 +87,21 @@ def group_equal(source: Source, batches: tuple[Tensor, ...]) -> Tensor:
 
     Two hashes of 64 bits are compared. The probability that different encodings have the same is below 1e-15.
     """
-    hashes = torch.cat([hash_rows(source(indices)) for indices in batches])  # (N, 2)
+    d = source(batches[0][:1]).numel()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**63), 2**63 - 1, (2, d), generator=generator).to(batches[0].device)
+    hashes = torch.cat([hash_rows(source(indices), weights) for indices in batches])  # (N, 2)
     return hashes.unique(dim=0, return_inverse=True)[1]
 
 
-def hash_rows(z: Tensor) -> Tensor:
-    """Return two hashes of each encoding, (B, 2) int64: sums of its bits with random weights, modulo 2^64."""
+def hash_rows(z: Tensor, weights: Tensor) -> Tensor:
+    """Return two hashes of each encoding z (B, ...), (B, 2) int64: sums of its numbers, read as integers, modulo 2^64.
+
+    weights: of the sums, (2, d), random.
+    """
     z = z.flatten(1)
     if z.is_floating_point():
         z = (z + 0.0).view(torch.int64 if z.element_size() == 8 else torch.int32)  # + 0.0 makes 0.0 of -0.0
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**63), 2**63 - 1, (2, z.shape[1]), generator=generator).to(z.device)
     return torch.stack([(z * of_hash).sum(1) for of_hash in weights], dim=1)
 
 

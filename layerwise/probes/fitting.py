@@ -56,7 +56,7 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
     linear = {k for k in task.splits if probes.solves_linear and can_fit_linear(task.reference[k:], N)}
     assigned = processes.take_share([(k, j) for k in task.splits for j in range(J)])
     groups = group_splits(task.reference, sorted({k for k, _ in assigned}), linear)
-    results = torch.zeros(3, len(task.splits), J, dtype=torch.float64, device=task.targets.device)
+    results = torch.zeros(3, len(task.splits), J, dtype=torch.float64)
     for kind, splits, encodings in encode_groups(task, groups, batch_size, cache_bytes):
         members = [(k, j) for k, j in assigned if k in splits]
         equal = {k: group_equal(*of_split[0]) for k, of_split in encodings.items()}
@@ -70,6 +70,7 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
             results[:2, task.splits.index(k), j] = torch.tensor(values, dtype=results.dtype)
         for k, loss in held_out.items():
             results[2, task.splits.index(k), 0] = loss
+    results = results.to(task.targets.device)
     processes.all_reduce_sum(results)
     return Fitted(*results[:2], results[2, :, 0])
 
@@ -132,7 +133,7 @@ def fit_linear(
 
 def train_group(
     task: Task, probes: Tuned | Thesis, kind: str, members: list[Member], encodings: Encodings, batch_size: int
-) -> tuple[Tensor, dict[int, float]]:
+) -> tuple[list[float], dict[int, float]]:
     """Train the probes of a group. Return their losses, and {k: held-out loss}, in nats.
 
     A decoder without trainable parameters is not trained.
@@ -151,7 +152,7 @@ def train_group(
     else:
         sizes, generator = compute_parameter_sizes(task.reference), task.streams.seed_generators("batches")
         losses = probes.train(group, sizes, batch_size, generator, recorder)
-    return losses, dict(zip(scored, recorder.compute_held_out_losses(), strict=True)) if recorder else {}
+    return losses.tolist(), dict(zip(scored, recorder.compute_held_out_losses(), strict=True)) if recorder else {}
 
 
 def make_group(

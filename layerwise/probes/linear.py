@@ -10,6 +10,7 @@ and the loss of W exceeds this bound by exactly the mean of KL(q_i || p_i). Such
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from math import log
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from layerwise.schema import PROVED
 
 FEATURE_BYTES = 4 * 2**30  # largest size of the float64 features
 HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most twice this on every sample
-ITERATIONS = (20, 40, 80)  # of L-BFGS, before the bound is computed
-NEWTON_STEPS = 16  # largest number of Newton steps after them, each with a bound
+ITERATIONS = (20, 40, 80, 160, 320, 320)  # of L-BFGS, each time before the bound is computed
+NEWTON_STEPS = 16  # largest number of Newton steps, each with a bound
 PRODUCTS = 60  # largest number of products with the Hessian in a Newton step
 
 
@@ -90,23 +91,28 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
         return log(C), log(C)
     Y = F.one_hot(labels, C).double()  # (N, C)
     W = Z.new_zeros(Z.shape[1], C)
-    minimise = make_minimiser(W, lambda: F.cross_entropy(Z @ W, labels))
-    lower, step = 0.0, None
-    for i, iterations in enumerate([*ITERATIONS, *[0] * NEWTON_STEPS]):
-        if iterations:
-            minimise(iterations)
-        elif not take_step(W, step, lambda: F.cross_entropy(Z @ W, labels)):
-            break
-        logits = Z @ W
-        loss = F.cross_entropy(logits, labels).item()
-        if loss <= PROVED:
-            break
-        p = logits.softmax(1)
-        step = compute_newton_step(Z, p, Y, choose_floor(i))
-        lower = max(lower, compute_dual_bound(Z, p, Y, Z @ step))
-        if loss - lower <= PROVED:
-            break
-    return loss, min(lower, loss)
+    compute_loss = partial(compute_linear_loss, Z, W, labels)
+    minimise, lower, bounds, steps = make_minimiser(W, compute_loss), 0.0, 0, 0
+    for iterations in ITERATIONS:
+        minimise(iterations)
+        while True:
+            logits = Z @ W
+            loss, p = F.cross_entropy(logits, labels).item(), logits.softmax(1)
+            if loss <= PROVED:
+                return loss, lower
+            step = compute_newton_step(Z, p, Y, choose_floor(bounds))
+            lower, bounds = max(lower, min(loss, compute_dual_bound(Z, p, Y, Z @ step))), bounds + 1
+            if loss - lower <= PROVED or steps == NEWTON_STEPS:
+                return loss, lower
+            if bounds < 3 or not take_step(W, step, compute_loss):
+                break
+            steps, minimise = steps + 1, make_minimiser(W, compute_loss)
+    return loss, lower
+
+
+def compute_linear_loss(Z: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the logits Z W."""
+    return F.cross_entropy(Z @ W, labels)
 
 
 def choose_floor(i: int) -> float | None:
@@ -144,9 +150,9 @@ def make_minimiser(W: Tensor, compute_loss: Callable[[], Tensor], tolerance: flo
 
 
 def take_step(W: Tensor, step: Tensor, compute_loss: Callable[[], Tensor]) -> bool:
-    """Subtract the step from W, halved until the loss falls. Return False, with W as it was, if that does not help."""
+    """Subtract the step, or an eighth of it or more, from W if that lowers the loss. Return whether it does."""
     loss, start = compute_loss(), W.clone()
-    for halvings in range(12):
+    for halvings in range(4):
         W.copy_(start - step / 2**halvings)
         if compute_loss() < loss:
             return True
