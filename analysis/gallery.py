@@ -119,7 +119,7 @@ KINDS = {
         title="Decodable information",
         caption=(
             "Minimality is the decodable information about which sample of its class was encoded. Sufficiency is the "
-            "decodable information about the class. Falling minimality at constant sufficiency is compression. Lines "
+            "decodable information about the class. Where minimality falls and sufficiency does not, the encoder is said to compress. Lines "
             "are the best known lower bounds. The dashed line is the input. A hollow marker is the information found "
             "by the layer's own probes (decoders trained on its frozen encodings), if it is more than "
             f"{SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
@@ -139,8 +139,8 @@ KINDS = {
         caption=(
             "The path of each encoder, through epochs that are evenly spaced on a log scale. The arrow shows the "
             "direction of time. The large marker is the mean at the last epoch, and the small markers are the seeds. "
-            "Upward movement means fitting, and movement to the left means compression. If a path first rises and then "
-            "turns left, compression follows fitting."
+            "Upward movement means that decoders can use more information about the class. Movement to the left means "
+            "that they can memorise less about the samples."
         ),
         draw=figures.draw_plane,
         is_available=has_rows("dib"),

@@ -95,7 +95,7 @@ def test_every_batch_is_in_the_share_of_one_process(monkeypatch):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-MEASURED = ("loss", "accuracy", "seconds", "rank", "nc1", "kept", "dropped", "upper")
+MEASURED = ("loss", "accuracy", "seconds", "rank", "nc1", "kept", "dropped", "lower", "upper")
 
 
 @pytest.mark.slow

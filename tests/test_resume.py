@@ -98,6 +98,19 @@ def test_tuned_probes_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_p
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_noise_is_measured_again_if_its_epoch_was_not_finished(tmp_path, monkeypatch):
+    command = [*QUICK, "--probes", "tuned", "--dib-epochs", "1", "--epochs", "1"]
+    train.main([*command, "--run-dir", str(tmp_path / "a")])
+    with monkeypatch.context() as failing:
+        failing.setattr(runs, "append_rows", lambda *_: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            train.main([*command, "--run-dir", str(tmp_path / "b")])
+    (tmp_path / "b" / "noise.csv").write_text("damaged")
+    train.main([*command, "--run-dir", str(tmp_path / "b"), "--resume"])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert "noise.csv" in read_results(tmp_path / "a")
+
+
 def test_a_run_may_be_moved(half, tmp_path, whole):
     half.rename(tmp_path / "moved")
     train.main(["--run-dir", str(tmp_path / "moved"), "--resume"])
@@ -459,9 +472,9 @@ def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     assert choose_precision(torch.device("cpu"), "float16") == "float16"
 
 
-def test_a_new_run_removes_the_convergence_of_an_old_one(tmp_path):
-    """Under its old name as well: it would be drawn as that of the new run."""
-    names = [*schema.RENAMED_FILES, *schema.RENAMED_FILES.values()]
+def test_a_new_run_removes_convergence_and_noise_of_an_old_one(tmp_path):
+    """They would be drawn as those of the new run."""
+    names = ["noise.csv", *schema.RENAMED_FILES, *schema.RENAMED_FILES.values()]
     for name in names:
         (tmp_path / name).write_text("of before")
     train.main([*QUICK, "--no-dib", "--run-dir", str(tmp_path)])

@@ -264,7 +264,8 @@ def kill_repeatedly(folder: Path, times: int, *flags: str) -> None:
 
 def read_results(folder: Path) -> dict[str, str]:
     """Return {table: its text} of a run, without the seconds, which differ from run to run."""
-    texts = {name: (folder / name).read_text() for name in schema.COLUMNS}
+    names = [name for name in (*schema.COLUMNS, "noise.csv") if (folder / name).exists()]
+    texts = {name: (folder / name).read_text() for name in names}
     texts["epochs.csv"] = "\n".join(line.rsplit(",", 1)[0] for line in texts["epochs.csv"].splitlines())
     return texts
 
