@@ -119,8 +119,8 @@ KINDS = {
         title="Decodable information",
         caption=(
             "Minimality is the decodable information about which sample of its class was encoded. Sufficiency is the "
-            "decodable information about the class. Where minimality falls and sufficiency does not, the encoder is said to compress. Lines "
-            "are the best known lower bounds. The dashed line is the input. A hollow marker is the information found "
+            "decodable information about the class. Where minimality falls and sufficiency does not, the encoder is said "
+            "to compress. Lines are the best known lower bounds. The dashed line is the input. A hollow marker is the information found "
             "by the layer's own probes (decoders trained on its frozen encodings), if it is more than "
             f"{SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
             "information. Markers far below the line are counted in the legend. Values below 0 can occur if the last "
