@@ -119,10 +119,10 @@ KINDS = {
         title="Decodable information",
         caption=(
             "Minimality is the decodable information about which sample of its class was encoded. Sufficiency is the "
-            "decodable information about the class. Where minimality falls and sufficiency does not, the encoder is said "
-            "to compress. Lines are the best known lower bounds. The dashed line is the input. A hollow marker is the information found "
-            "by the layer's own probes (decoders trained on its frozen encodings), if it is more than "
-            f"{SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
+            "decodable information about the class. Where minimality falls and sufficiency does not, the encoder is "
+            "said to compress. Lines are the best known lower bounds. The dashed line is the input. A hollow marker is "
+            "the information found by the layer's own probes (decoders trained on its frozen encodings), if it is more "
+            f"than {SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not lose "
             "information. Markers far below the line are counted in the legend. Values below 0 can occur if the last "
             "layer has no bias, because it then cannot output class frequencies."
         ),
