@@ -930,6 +930,15 @@ def test_the_bound_holds_for_any_weights():
     assert bounds[-1] < 0  # far away, q has negative entries
 
 
+def test_the_bound_holds_for_a_step_that_is_not_solved():
+    """Without a step, q is p and what makes it feasible. Its entropy alone would be log 3, more than the optimum."""
+    z = make_features("normal").double()
+    labels = make_uncertain_labels(z)
+    Z = torch.cat([decompose(z, True).U * len(z) ** 0.5, torch.ones(len(z), 1).double()], dim=1)
+    p, Y = torch.full((len(z), 3), 1 / 3).double(), F.one_hot(labels, 3).double()
+    assert compute_dual_bound(Z, p, Y, torch.zeros_like(p)) < compute_newton_optimum(z, labels) < math.log(3)
+
+
 def test_the_dual_bound_computed_by_hand():
     """Only constants: q is the share of each class, whose entropy is the infimum."""
     labels = torch.tensor([0, 0, 0, 1])
