@@ -123,8 +123,8 @@ KINDS = {
             "said to compress. Lines are the best known lower bounds. The dashed line is the input. A hollow marker is "
             "the information found by the layer's own probes (decoders trained on its frozen encodings), if it is more "
             f"than {SUBOPTIMAL_BITS:g} bits below the line. These probes are known suboptimal; the network did not "
-            "lose information. Markers far below the line are counted in the legend. Values below 0 can occur if the last "
-            "layer has no bias, because it then cannot output class frequencies."
+            "lose information. Markers far below the line are counted in the legend. Values below 0 can occur if the "
+            "last layer has no bias, because it then cannot output class frequencies."
         ),
         draw=figures.draw_information,
         is_available=has_rows("dib"),
