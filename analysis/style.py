@@ -126,11 +126,12 @@ def widen_axis(axis: Axes, direction: str) -> None:
 
 
 def extend_axis(axis: Axes, direction: str, values: Iterable[float]) -> None:
-    """Make the x or y axis longer, where necessary, so that it shows these values within a margin."""
-    low, high = getattr(axis, f"get_{direction}lim")()
-    values, margin = list(values), 0.05 * (high - low)
-    lowest, highest = min([low, *(value - margin for value in values)]), max([high, *(v + margin for v in values)])
-    getattr(axis, f"set_{direction}lim")(lowest, highest)
+    """Make the x or y axis longer, if necessary, so that it shows these values, with a margin at both ends."""
+    limits, values = getattr(axis, f"get_{direction}lim")(), list(values)
+    low, high = min([*limits, *values]), max([*limits, *values])
+    if (low, high) != limits:
+        margin = 0.05 * (high - low)
+        getattr(axis, f"set_{direction}lim")(low - margin, high + margin)
 
 
 def limit_ticks(axis: Axes) -> None:
