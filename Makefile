@@ -48,8 +48,8 @@ study: $(VENV) ## make the missing runs, figures and tables of docs/study.md, in
 evidence: $(VENV) ## check NC1 and DIB on problems with known solutions, and print a table: ROWS="simplex gaussian" (default: all)
 	@.venv/bin/python -m tools.evidence $(ROWS)
 
-test: $(VENV) ## run the tests
-	.venv/bin/python -m pytest $(ARGS)
+test: $(VENV) ## run the tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV) ## run the slow tests
 	CASES=1000 .venv/bin/python -m pytest -m "slow or hypothesis" $(ARGS)

@@ -563,7 +563,7 @@ def bench_suboptimal_probes() -> Iterator[Row]:
         found: dict[str, list[tuple[float, float]]] = {"the network": [], "a deeper split": [], "a constant": []}
         deeper: dict[tuple[str, str], float] = {}  # the smallest loss so far, by epoch and labeling
         for row in reversed(tables["dib.csv"]):  # splits are in order of depth
-            if row["set"] != name:
+            if row["set"] != name or row["labeling"] == schema.HELD_OUT:
                 continue
             key, loss = (row["epoch"], row["labeling"]), float(row["loss"])
             found["a constant"].append((loss, float(row["entropy"])))
