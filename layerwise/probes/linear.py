@@ -24,7 +24,7 @@ from layerwise.schema import PROVED
 
 FEATURE_BYTES = 4 * 2**30  # largest size of the float64 features
 HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most twice this on every sample
-ITERATIONS = (20, 40, 80, 160, 320, 320)  # of L-BFGS, each time before the bound is computed
+ITERATIONS = (20, 40, 80, 160, 320)  # of L-BFGS, each time before the bound is computed
 NEWTON_STEPS = 16  # largest number of Newton steps, each with a bound
 PRODUCTS = 60  # largest number of products with the Hessian in a Newton step
 
