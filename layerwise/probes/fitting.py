@@ -101,15 +101,17 @@ def encode_groups(
     if task.held_out:
         inputs.append((task.held_out.inputs, task.held_out.labels))
     inputs = [Encoded(source, torch.arange(len(y), device=y.device).split(batch_size)) for source, y in inputs]
+    sizes = [sum(map(len, each.batches)) for each in inputs]
     sets, depth = inputs, 0  # sets: the encodings of the split at depth
     for kind, splits in groups:
         if splits[0] < depth:  # the group before ended deeper, as MLPs of all depths are in one group
             sets, depth = inputs, 0
-        encodings, share = {}, cache_bytes // (len(splits) * len(inputs))
+        encodings, shares = {}, [cache_bytes * size // (len(splits) * sum(sizes)) for size in sizes]
         for k in splits:
-            sets = [each._replace(source=make_source(task.model[depth:k], *each, share)) for each in sets]
+            blocks, cast = task.model[depth:k], make_cast(task.reference[k:])
+            pairs = zip(sets, shares, strict=True)
+            sets = [each._replace(source=make_source(blocks, *each, share)) for each, share in pairs]
             depth = k
-            cast = make_cast(task.reference[k:])
             encodings[k] = [each._replace(source=transform_source(each.source, cast)) for each in sets]
         yield kind, splits, encodings
 
