@@ -303,7 +303,7 @@ def describe_linear_probes(run: Run, results: list[Row]) -> list[str]:
     gaps = [row.loss - row.lower for row in linear]
     if not gaps:
         return []
-    unproved = sum(gap > schema.PROVED for gap in gaps)
+    unproved = sum(not gap <= schema.PROVED for gap in gaps)  # `not <=`, so that NaN counts
     return [f"linear probes within {max(gaps):.1g} nats, {unproved} of {len(gaps)} not proved"]
 
 

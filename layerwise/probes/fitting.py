@@ -56,6 +56,7 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
     linear = {k for k in task.splits if probes.solves_linear and can_fit_linear(task.reference[k:], N)}
     assigned = processes.take_share([(k, j) for k in task.splits for j in range(J)])
     groups = group_splits(task.reference, sorted({k for k, _ in assigned}), linear)
+    sizes = compute_parameter_sizes(task.reference)
     results = torch.zeros(3, len(task.splits), J, dtype=torch.float64)
     for kind, splits, encodings in encode_groups(task, groups, batch_size, cache_bytes):
         members = [(k, j) for k, j in assigned if k in splits]
@@ -65,7 +66,7 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
             losses, proved, held_out = fit_linear(task, members, encodings)
             lowers = [max(pair) for pair in zip(lowers, proved, strict=True)]
         else:
-            losses, held_out = train_group(task, probes, kind, members, encodings, batch_size)
+            losses, held_out = train_group(task, probes, kind, members, encodings, sizes, batch_size)
         for (k, j), *values in zip(members, losses, lowers, strict=True):
             results[:2, task.splits.index(k), j] = torch.tensor(values, dtype=results.dtype)
         for k, loss in held_out.items():
@@ -124,21 +125,27 @@ def fit_linear(
     decoder, held_out = task.reference[k:], {}
     last = list_layers(decoder)[-1]
     C, has_bias = last.out_features, last.bias is not None
-    features = [read_features(decoder, *each) for each in sets]
-    basis = decompose(features[0], has_bias)
+    basis = decompose(read_features(decoder, *sets[0]), has_bias)
     optima = [compute_linear_optimum(basis.U, task.targets[j], C, has_bias) for _, j in members]
     if task.held_out and (k, 0) in members:
-        losses = compute_ridge_losses(basis, task.targets[0], features[1], task.held_out.labels, C, has_bias)
+        tested = read_features(decoder, *sets[1])
+        losses = compute_ridge_losses(basis, task.targets[0], tested, task.held_out.labels, C, has_bias)
         held_out[k] = cross_fit(losses, task.held_out.in_first).item()
     return [loss for loss, _ in optima], [lower for _, lower in optima], held_out
 
 
 def train_group(
-    task: Task, probes: Tuned | Thesis, kind: str, members: list[Member], encodings: Encodings, batch_size: int
+    task: Task,
+    probes: Tuned | Thesis,
+    kind: str,
+    members: list[Member],
+    encodings: Encodings,
+    sizes: dict[str, float],
+    batch_size: int,
 ) -> tuple[list[float], dict[int, float]]:
     """Train the probes of a group. Return their losses, and {k: held-out loss}, in nats.
 
-    A decoder without trainable parameters is not trained.
+    sizes: {parameter name: size}. A decoder without trainable parameters is not trained.
     """
     sources = {}
     for k, sets in encodings.items():
@@ -152,7 +159,7 @@ def train_group(
         if recorder:
             recorder.record(group, recompute=False)
     else:
-        sizes, generator = compute_parameter_sizes(task.reference), task.streams.seed_generators("batches")
+        generator = task.streams.seed_generators("batches")
         losses = probes.train(group, sizes, batch_size, generator, recorder)
     return losses.tolist(), dict(zip(scored, recorder.compute_held_out_losses(), strict=True)) if recorder else {}
 
