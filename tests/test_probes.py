@@ -1013,6 +1013,19 @@ def test_encodings_that_differ_in_one_bit_are_different():
     assert groups[0] == groups[2] != groups[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_encodings_of_two_values_are_different(dtype):
+    """The patterns of the two values differ in few bits: in float64, those of 1 and -1 in the highest alone."""
+    rows = torch.randint(2, (20000, 30), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    for values in ((1.0, 0.0), (1.0, -1.0), (smallest, 0.0)):
+        z = torch.tensor(values, dtype=dtype)[torch.cat([rows, rows])]
+        z = z.T.contiguous().T  # the numbers of an encoding are not neighbours in memory
+        groups = group_equal(z.__getitem__, make_batches(len(z), 700))
+        assert len(groups.unique()) == len(rows) > 19000
+        assert torch.equal(groups[: len(rows)], groups[len(rows) :])
+
+
 def test_the_entropy_given_the_group_computed_by_hand():
     """Three samples with the labels 0 0 1, and one alone."""
     groups, labels = torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 1, 1])

@@ -85,24 +85,37 @@ def make_standardiser(
 def group_equal(source: Source, batches: tuple[Tensor, ...]) -> Tensor:
     """Return the number of the group of each sample, (N,). Samples are in the same group if their encodings are equal.
 
-    Two hashes of 64 bits are compared. The probability that different encodings have the same is below 1e-15.
+    Two hashes of 64 bits are compared. Two different encodings have the same with probability 2^-66 at most, so that
+    any two of 100,000 do with probability 1e-10 at most.
     """
-    d = source(batches[0][:1]).numel()
+    words = read_words(source(batches[0][:1])).shape[1]
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**63), 2**63 - 1, (2, d), generator=generator).to(batches[0].device)
+    weights = torch.randint(-(2**63), 2**63 - 1, (2, words), generator=generator).to(batches[0].device)
     hashes = torch.cat([hash_rows(source(indices), weights) for indices in batches])  # (N, 2)
     return hashes.unique(dim=0, return_inverse=True)[1]
 
 
-def hash_rows(z: Tensor, weights: Tensor) -> Tensor:
-    """Return two hashes of each encoding z (B, ...), (B, 2) int64: sums of its numbers, read as integers, modulo 2^64.
-
-    weights: of the sums, (2, d), random.
-    """
+def read_words(z: Tensor) -> Tensor:
+    """Return the numbers of each encoding z (B, ...), at least float32 or integers, as words of 32 bits, (B, words)."""
     z = z.flatten(1)
     if z.is_floating_point():
-        z = (z + 0.0).view(torch.int64 if z.element_size() == 8 else torch.int32)  # + 0.0 makes 0.0 of -0.0
-    return torch.stack([(z * of_hash).sum(1) for of_hash in weights], dim=1)
+        z = z + 0.0  # makes 0.0 of -0.0
+    elif z.element_size() < 4:
+        z = z.int()
+    return z.contiguous().view(torch.int32)
+
+
+def hash_rows(z: Tensor, weights: Tensor) -> Tensor:
+    """Return two hashes of each encoding z (B, ...), (B, 2) int64: weighted sums of its words, modulo 2^64.
+
+    Words that differ have a difference w 2^k with an odd w and k <= 31. The product with a random weight has 64 - k
+    random bits, so that each hash is the same with probability 2^-33 at most. Words of 64 bits would have 1 bit where
+    only signs differ.
+
+    weights: random, (2, words).
+    """
+    words = read_words(z)
+    return torch.stack([(words * of_hash).sum(1) for of_hash in weights], dim=1)
 
 
 def compute_group_entropy(groups: Tensor, labels: Tensor) -> float:
