@@ -36,6 +36,9 @@ H_V cannot be computed exactly. A probe is a newly initialised decoder that is t
 5. The entropy of the labeling given E(x): a decoder returns the same for samples with equal encodings.
 6. `lower` of a shallower split k', because V_k' has the functions that rule 1 names.
 
+A bound that exceeds `upper` by up to 1e-6 nats is set to `upper`, as losses are sums of float32. A bound that exceeds
+`upper` by more does not hold, and 0 is used instead.
+
 1, 2 and 6 hold only if the frozen parameters of the decoder have the same values in the model and after make_model().
 
 analysis/statistics.py computes information from these numbers.
@@ -56,6 +59,7 @@ from layerwise import checks, devices, processes
 from layerwise.modes import set_eval_mode
 from layerwise.probes import BATCH_SIZE, HeldOut, Source, Task, Thesis, Tuned, choose_half, count_steps, fit
 from layerwise.probes.decoders import get_unmodified_type, is_trainable, list_layers
+from layerwise.probes.linear import clamp_bound
 from layerwise.samples import Samples
 from layerwise.schema import HELD_OUT, LABELS, SHUFFLED, SUBOPTIMAL
 from layerwise.streams import Streams, make_seed
@@ -344,13 +348,15 @@ def compute_upper(
 def compute_lower(task: Task, lowers: list[list[float]], uppers: dict[int, list[float]]) -> dict[int, list[float]]:
     """Return {k: `lower` of each labeling}, in nats. The module docstring numbers the bounds.
 
-    lowers: of each split alone. uppers: the results of compute_upper. No bound exceeds them: they are sums of float32.
+    lowers: of each split alone. uppers: the results of compute_upper. A bound that does not hold is replaced by 0.
     """
     found, shallower = {}, None
     for k, of_split in zip(task.splits, lowers, strict=True):
+        bounds = [of_split]
         if shallower is not None and is_nested(task, shallower, k):
-            of_split = [max(pair) for pair in zip(of_split, found[shallower], strict=True)]
-        found[k] = [min(pair) for pair in zip(of_split, uppers[k], strict=True)]
+            bounds.append(found[shallower])
+        rows = zip(zip(*bounds, strict=True), uppers[k], strict=True)
+        found[k] = [max(clamp_bound(bound, upper) for bound in of_labeling) for of_labeling, upper in rows]
         shallower = k
     return found
 

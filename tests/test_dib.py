@@ -250,8 +250,14 @@ def test_upper_of_a_decoder_without_bias():
 def test_lower_computed_by_hand():
     """Bounds go from shallow splits to deep ones. None exceeds `upper`."""
     task, lowers = make_task(make_net(), make_net(), [0, 1, 2]), [[0.2, 0.0], [0.1, 0.4], [0.3, 0.1]]
-    uppers = {0: [0.5, 0.6], 1: [0.6, 0.7], 2: [0.9, 0.3]}
-    assert dib.compute_lower(task, lowers, uppers) == {0: [0.2, 0.0], 1: [0.2, 0.4], 2: [0.3, 0.3]}
+    uppers = {0: [0.5, 0.6], 1: [0.6, 0.7], 2: [0.9, 0.4 - 5e-7]}
+    assert dib.compute_lower(task, lowers, uppers) == {0: [0.2, 0.0], 1: [0.2, 0.4], 2: [0.3, 0.4 - 5e-7]}
+
+
+def test_a_lower_that_exceeds_upper_by_more_than_rounding_is_not_used():
+    task, uppers = make_task(make_net(), make_net(), [0, 1]), {0: [0.5, 0.6, 0.7], 1: [0.6, 0.4, 0.8]}
+    lowers = [[1e9, 0.5, math.nan], [0.1, 0.5, 0.7]]
+    assert dib.compute_lower(task, lowers, uppers) == {0: [0.0, 0.5, 0.0], 1: [0.1, 0.0, 0.7]}
 
 
 def test_lower_is_not_carried_to_a_split_whose_functions_are_not_in_v():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from layerwise.probes import fitting
 from tests.toys import ROOT
 from tools import evidence
 
@@ -59,6 +60,20 @@ def test_an_error_above_what_is_allowed_exits_with_1_after_all_rows(monkeypatch,
         for name, shown in (("off", "0.2"), ("off", "nan"), ("exact", "2·10⁻⁷"))
     ]
     evidence.main(["exact"])
+
+
+@pytest.mark.parametrize("bound", [1e9, 1.0, 0.0])
+def test_bounds_of_linear_probes_that_do_not_hold_exit_with_1(bound, monkeypatch, capsys):
+    def fit(*arguments) -> tuple:
+        losses, lowers, held_out = fit_linear(*arguments)
+        return losses, [bound] * len(lowers), held_out
+
+    fit_linear = fitting.fit_linear
+    monkeypatch.setattr(fitting, "fit_linear", fit)
+    with pytest.raises(SystemExit) as end:
+        evidence.main(["optimum", "lower"])
+    assert end.value.code == 1
+    assert re.fullmatch(r"evidence: optimum: an error of .*; lower: an error of .*\n", capsys.readouterr().err)
 
 
 def test_an_unknown_row_is_refused_on_one_line(capsys):

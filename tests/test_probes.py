@@ -909,6 +909,13 @@ def test_no_decoder_is_below_the_bound(seed):
     assert minimise_for_long([W, b], lambda: F.cross_entropy(x @ W + b, labels)) >= lower
 
 
+def test_a_bound_that_is_not_finite_is_not_used(monkeypatch):
+    monkeypatch.setattr(linear, "compute_dual_bound", lambda *arguments: math.nan)
+    z = make_features("normal")
+    ((loss, lower),) = fit_optima(nn.Sequential(nn.Linear(z.shape[1], 3)), z, make_uncertain_labels(z)[None])
+    assert lower == 0 < loss
+
+
 def test_the_bound_holds_for_any_weights():
     """Also far from the optimum, and where q has negative entries, a bound is below the optimum."""
     z = make_features("normal").double()

@@ -11,7 +11,7 @@ and the loss of W exceeds this bound by exactly the mean of KL(q_i || p_i). Such
 import copy
 from collections.abc import Callable
 from functools import partial
-from math import log
+from math import isfinite, log
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most tw
 ITERATIONS = (20, 40, 80, 160, 320)  # of L-BFGS, each time before the bound is computed
 NEWTON_STEPS = 16  # largest number of Newton steps, each with a bound
 PRODUCTS = 60  # largest number of products with the Hessian in a Newton step
+ROUNDING = 1e-6  # nats: a lower bound may exceed a loss by this, as losses may be sums of float32
 
 
 class Basis(NamedTuple):
@@ -101,13 +102,19 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
             if loss <= PROVED:
                 return loss, lower
             step = compute_newton_step(Z, p, Y, choose_floor(bounds))
-            lower, bounds = max(lower, min(loss, compute_dual_bound(Z, p, Y, Z @ step))), bounds + 1
+            bound = compute_dual_bound(Z, p, Y, Z @ step)
+            lower, bounds = max(lower, clamp_bound(bound, loss)), bounds + 1
             if loss - lower <= PROVED or steps == NEWTON_STEPS:
                 return loss, lower
             if bounds < 3 or not take_step(W, step, compute_loss):
                 break
             steps, minimise = steps + 1, make_minimiser(W, compute_loss)
     return loss, lower
+
+
+def clamp_bound(bound: float, loss: float) -> float:
+    """Return a lower bound on H_V, at most the loss. Return 0 if the loss of a decoder shows that it does not hold."""
+    return min(bound, loss) if isfinite(bound) and bound <= loss + ROUNDING else 0.0
 
 
 def compute_linear_loss(Z: Tensor, W: Tensor, labels: Tensor) -> Tensor:
