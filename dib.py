@@ -32,9 +32,11 @@ H_V cannot be computed exactly. A probe is a newly initialised decoder that is t
 
 `lower` is the largest known lower bound, the maximum of 0 and
 
-4. For linear probes, the dual bound of layerwise/probes/linear.py.
+4. For linear probes, the dual bound of layerwise/probes/linear.py. It bounds the loss of the decoders whose logits
+   differ by at most 2,000 on every sample. It is 0 if the logits of the probe differ by more.
 5. The entropy of the labeling given E(x): a decoder returns the same for samples with equal encodings.
-6. `lower` of a shallower split k', because V_k' has the functions that rule 1 names.
+6. `lower` of a shallower split k', because V_k' has the functions that rule 1 names. A bound of rule 4 keeps its
+   restriction.
 
 A bound that exceeds `upper` by up to 1e-6 nats is set to `upper`, as losses are sums of float32. A bound that exceeds
 `upper` by more does not hold, and 0 is used instead.

@@ -916,6 +916,26 @@ def test_a_bound_that_is_not_finite_is_not_used(monkeypatch):
     assert lower == 0 < loss
 
 
+def test_a_bound_is_not_used_if_the_logits_of_the_optimum_span_more_than_it_allows(monkeypatch):
+    z = 3 * make_features("normal")
+    labels = make_uncertain_labels(z)
+    decoder = nn.Sequential(nn.Linear(z.shape[1], 3))
+    ((loss, lower),) = fit_optima(decoder, z, labels[None])
+    assert loss - lower <= PROVED
+    monkeypatch.setattr(linear, "HALF_SPAN", 0.5)
+    ((again, lower),) = fit_optima(decoder, z, labels[None])
+    assert again <= loss + PROVED
+    assert lower == 0
+
+
+def test_bounds_that_other_weights_proved_are_not_used_if_the_loss_is_below_them():
+    """A threshold separates the classes, but features of very different sizes need logits beyond HALF_SPAN for it."""
+    z = torch.exp(6 * torch.randn(300, 1, generator=torch.Generator().manual_seed(3)))
+    labels = (z > z.median()).long().flatten()
+    ((loss, lower),) = fit_optima(nn.Sequential(nn.Linear(1, 2)), z, labels[None])
+    assert lower <= loss <= PROVED
+
+
 def test_the_bound_holds_for_any_weights():
     """Also far from the optimum, and where q has negative entries, a bound is below the optimum."""
     z = make_features("normal").double()

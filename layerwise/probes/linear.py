@@ -78,8 +78,8 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
     """Return (loss, lower) in nats: a loss close to inf over W and b of that of the logits, and a bound below it.
 
     The logits are U W + b with C columns. Without a bias, b is 0. lower is proved for all decoders whose logits differ
-    by at most 2 HALF_SPAN on every sample. It is 0 if the loss is below PROVED. Otherwise loss - lower <= PROVED, or
-    the number of iterations reached its limit.
+    by at most 2 HALF_SPAN on every sample. It is 0 if the logits with the returned loss differ by more. loss - lower
+    <= PROVED, or the number of iterations reached its limit.
 
     U: orthonormal columns (N, r), float64, of mean 0 if there is a bias. labels: (N,) int64.
     """
@@ -99,11 +99,13 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
         while True:
             logits = Z @ W
             loss, p = F.cross_entropy(logits, labels).item(), logits.softmax(1)
+            most = limit_bound(logits, loss)
+            lower = clamp_bound(lower, most)
             if loss <= PROVED:
                 return loss, lower
             step = compute_newton_step(Z, p, Y, choose_floor(bounds))
             bound = compute_dual_bound(Z, p, Y, Z @ step)
-            lower, bounds = max(lower, clamp_bound(bound, loss)), bounds + 1
+            lower, bounds = max(lower, clamp_bound(bound, most)), bounds + 1
             if loss - lower <= PROVED or steps == NEWTON_STEPS:
                 return loss, lower
             if bounds < 3 or not take_step(W, step, compute_loss):
@@ -115,6 +117,14 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
 def clamp_bound(bound: float, loss: float) -> float:
     """Return a lower bound on H_V, at most the loss. Return 0 if the loss of a decoder shows that it does not hold."""
     return min(bound, loss) if isfinite(bound) and bound <= loss + ROUNDING else 0.0
+
+
+def limit_bound(logits: Tensor, loss: float) -> float:
+    """Return the largest lower bound that logits (N, C) with this loss allow: 0 if they span more than the bounds do.
+
+    L-BFGS does not restrict the span. So the loss may be that of a decoder for which the bounds are not proved.
+    """
+    return loss if (logits.amax(1) - logits.amin(1)).max() <= 2 * HALF_SPAN else 0.0
 
 
 def compute_linear_loss(Z: Tensor, W: Tensor, labels: Tensor) -> Tensor:
