@@ -326,6 +326,39 @@ def test_a_linear_decoder_gets_its_optimum():
     assert any(probe.loss < other.loss for probe, other in zip(a, briefly, strict=True))
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_a_split_before_a_norm_has_the_optimum_of_the_split_after_it(spread):
+    """The outputs of the norm are float32, and their rounding adds a direction to them.
+
+    spread: of the weights of the norm.
+    """
+
+    def make_model() -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+
+    g, model = torch.Generator().manual_seed(0), make_model()
+    for p in model[0].parameters():
+        p.data += spread * torch.randn(8, generator=g)
+    samples = Samples(torch.randn(200, 8, generator=g), torch.randint(3, (200,), generator=g))
+    before, after = (dib.measure(model, k, samples, 3, make_model, controls=False) for k in (0, 1))
+    for probe, deeper in zip(before, after, strict=True):
+        assert probe.loss - probe.lower <= PROVED
+        assert (probe.loss, probe.lower) == (deeper.loss, deeper.lower)
+
+
+def test_probes_find_what_a_norm_of_the_network_with_a_weight_of_0_removes():
+    """Labels follow from the feature that the norm of the network removes."""
+
+    def make_model() -> nn.Sequential:
+        return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    g, model, y = torch.Generator().manual_seed(0), make_model(), torch.arange(200) % 2
+    x = torch.randn(200, 4, generator=g)
+    x[:, 0], model[0].weight.data[0] = 9.0 * y, 0.0
+    labels, *_ = dib.measure(model, 0, Samples(x, y), 2, make_model, controls=False)
+    assert labels.loss <= PROVED
+
+
 def test_the_loss_of_the_network_itself_is_exact():
     samples, model = make_toy_samples(shape=(1, 5, 5)), make_conv_net()
     model(samples.inputs)  # running statistics differ from those of a new network

@@ -865,11 +865,10 @@ def test_the_optimum_for_heavy_tails_and_few_wrong_labels():
 
 def test_a_norm_before_the_linear_layer_is_absorbed():
     """Training all parameters of both for long reaches the optimum, and not less than the bound."""
-    z = make_features("normal", d=6)
+    z = make_features("normal", d=6).double()
     labels = make_uncertain_labels(z)
-    decoder = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+    decoder = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)).double()
     ((loss, lower),) = fit_optima(copy.deepcopy(decoder), z, labels[None])
-    decoder, z = decoder.double(), z.double()
     trained = minimise_for_long(decoder.parameters(), lambda: F.cross_entropy(decoder(z), labels))
     assert lower <= trained <= loss + 1e-3
 

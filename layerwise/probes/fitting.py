@@ -1,5 +1,6 @@
 """Fit the probes of all splits and labelings of a task."""
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import processes
-from layerwise.probes.decoders import is_mlp, is_trainable, list_layers
+from layerwise.probes.decoders import is_linear, is_mlp, is_trainable, list_layers
 from layerwise.probes.encodings import (
     Source,
     compute_group_entropy,
@@ -122,7 +123,7 @@ def fit_linear(
 ) -> tuple[list[float], list[float], dict[int, float]]:
     """Return losses and lower bounds of the linear probes of a split, and {k: held-out loss}, in nats."""
     ((k, sets),) = encodings.items()
-    decoder, held_out = task.reference[k:], {}
+    decoder, held_out = copy_linear_decoder(task, k), {}
     last = list_layers(decoder)[-1]
     C, has_bias = last.out_features, last.bias is not None
     basis = decompose(read_features(decoder, *sets[0]), has_bias)
@@ -132,6 +133,17 @@ def fit_linear(
         losses = compute_ridge_losses(basis, task.targets[0], tested, task.held_out.labels, C, has_bias)
         held_out[k] = cross_fit(losses, task.held_out.in_first).item()
     return [loss for loss, _ in optima], [lower for _, lower in optima], held_out
+
+
+def copy_linear_decoder(task: Task, k: int) -> nn.Sequential:
+    """Return a copy of the linear decoder of a split, with the weights of the network.
+
+    The linear layer absorbs the weights of a norm before it. With those of the network, the features are rounded as for
+    a split behind the norm. Where the linear layer cannot undo them, the norm has its initial weights.
+    """
+    decoder = copy.deepcopy(task.reference[k:])
+    decoder.load_state_dict(task.model[k:].state_dict())
+    return decoder if is_linear(decoder) else task.reference[k:]
 
 
 def train_group(

@@ -49,12 +49,13 @@ def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
 def read_features(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...]) -> Tensor:
     """Return the inputs (N, d) of the linear layer of a linear decoder, in float64.
 
-    The layers before it are computed in float64, because rounding would add directions, for example to the outputs of
-    a LayerNorm. Raises ValueError for encodings that are not finite.
+    The layers before it are computed as the network computes them, in the dtype of the encodings. A deeper split gets
+    their outputs with the rounding, so that float64 would make the bounds of the two splits contradict each other.
+    Raises ValueError for encodings that are not finite.
     """
     *before, _ = list_layers(decoder)
-    before = copy.deepcopy(nn.Sequential(*before)).double().eval()
-    z = torch.cat([before(source(indices).double()) for indices in batches])
+    before = copy.deepcopy(nn.Sequential(*before)).eval()
+    z = torch.cat([before(source(indices)).double() for indices in batches])
     if not z.isfinite().all():
         raise ValueError("DIB: the encodings of a linear decoder are not finite")
     return z
