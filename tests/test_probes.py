@@ -828,6 +828,29 @@ def test_small_directions_of_the_features_count():
     assert loss <= PROVED
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1e-320, 1e-170, 1e200, 1e307])
+def test_features_whose_squares_overflow_or_underflow_count(scale, bias):
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 2
+    z = torch.stack([(2 * labels - 1) * (1 + 0.1 * torch.rand(60)), torch.randn(60)], dim=1).double()
+    z[:, 0] *= scale
+    ((loss, _),) = fit_optima(nn.Sequential(nn.Linear(2, 2, bias=bias)).double(), z, labels[None])
+    assert loss <= PROVED
+
+
+@pytest.mark.parametrize("offset", [0, 1e3, 1e6, 1e8])
+def test_singular_vectors_are_orthonormal_and_of_mean_0_where_features_nearly_coincide(offset):
+    torch.manual_seed(0)
+    first, noise, other = torch.randn(3, 300, dtype=torch.float64)
+    first = offset + first
+    z = torch.stack([first, first + 1e-15 * max(offset, 1e6) * noise, other], dim=1)
+    basis = decompose(z, True)
+    Z = torch.cat([basis.U * 300**0.5, torch.ones(300, 1).double()], dim=1)
+    torch.testing.assert_close(Z.T @ Z / 300, torch.eye(4).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis.U * basis.S @ basis.V.T, (z - basis.mean) / basis.scale, rtol=0, atol=1e-7)
+
+
 def test_the_optimum_for_features_of_single_samples():
     """Some features are not 0 for one sample only, which can be told apart from the others."""
     torch.manual_seed(0)

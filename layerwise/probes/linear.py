@@ -67,12 +67,27 @@ def decompose(z: Tensor, centred: bool) -> Basis:
     centred: whether the mean of each feature is subtracted. Each feature is divided by its root mean square then, so
     that small ones count. Singular values below max(N, d) eps of the largest are rounding of float64 and left out.
     """
-    mean = z.mean(0, keepdim=True) if centred else torch.zeros_like(z[:1])
+    size = compute_sizes(z)
+    z = z / size
+    mean = torch.zeros_like(z[:1])
     varies = (z != z[:1]).any(0) if centred else (z != 0).any(0)  # the centred values of a constant are rounding
-    scale = (z - mean).square().mean(0, keepdim=True).sqrt().where(varies, torch.inf)
-    U, S, Vt = torch.linalg.svd((z - mean) / scale, full_matrices=False)
+    for _ in range(2 if centred else 0):  # the first mean of features far from 0 is rounded too much
+        rest = z.mean(0, keepdim=True)
+        mean, z = mean + rest, z.sub_(rest)
+    scale = z.square().mean(0, keepdim=True).sqrt().where(varies, torch.inf)
+    U, S, Vt = torch.linalg.svd(z.div_(scale), full_matrices=False)
     real = S > max(z.shape) * torch.finfo(S.dtype).eps * S.max() if S.numel() else S > 0
-    return Basis(mean, scale, U[:, real], S[real], Vt[real].T)
+    return Basis(mean * size, scale * size, U[:, real], S[real], Vt[real].T)
+
+
+def compute_sizes(z: Tensor) -> Tensor:
+    """Return the largest power of 2 that is not above the largest absolute value of each feature, (1, d), or 1 for 0.
+
+    Division by it is exact, and the squares of the quotients can neither overflow nor all underflow.
+    """
+    largest = z.abs().amax(0, keepdim=True)
+    mantissa, _ = torch.frexp(largest)  # 0.5 <= mantissa < 1
+    return (largest / (2 * mantissa)).where(largest > 0, 1.0)
 
 
 def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tuple[float, float]:
