@@ -716,7 +716,7 @@ def test_features_far_from_0_are_standardised_in_float32():
 
 def test_cached_encodings_of_images_are_channels_last():
     x = torch.randn(20, 1, 5, 5)
-    encode = make_source(nn.Sequential(nn.Conv2d(1, 3, 2)), x.__getitem__, make_batches(20), 2**20)
+    encode, _ = make_source(nn.Sequential(nn.Conv2d(1, 3, 2)), x.__getitem__, make_batches(20), 2**20)
     assert encode(torch.arange(4)).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -724,11 +724,33 @@ def test_cached_encodings_of_images_are_channels_last():
 def test_encodings_are_computed_once_if_they_fit(cache_bytes):
     blocks, calls, x = nn.Sequential(nn.Linear(5, 3)), [], torch.randn(20, 5)
     blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    encode = make_source(blocks, x.__getitem__, make_batches(20, 10), cache_bytes)
+    encode, cached = make_source(blocks, x.__getitem__, make_batches(20, 10), cache_bytes)
     for _ in range(4):
         torch.testing.assert_close(encode(torch.arange(7)), blocks[0](x[:7]).detach())
     fits = cache_bytes >= 20 * 3 * 4
+    assert cached == 20 * 3 * 4 * fits
     assert len(calls) == 4 + 1 + (2 if fits else 4)  # of the test, one for the size, then of the batches or the calls
+
+
+@pytest.mark.parametrize(("both", "cached"), [(True, [True, True]), (False, [True, False])])
+def test_the_set_of_the_probes_is_cached_before_the_samples_held_out(both, cached):
+    """The encodings of the samples held out are 1, which shows the first layer which set it encodes."""
+    rows = [0, 0]
+
+    class Count(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            rows[int(x[0, 0] == 1)] += len(x)
+            return x
+
+    def make_model() -> nn.Sequential:
+        return nn.Sequential(Count(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    samples = Samples(torch.rand(400, 6) / 2, torch.arange(400) % 2)
+    tested = Samples(torch.ones(100, 6), torch.arange(100) % 2)
+    options = {"probes": Tuned(100), "held_out": tested, "batch_size": 50}
+    dib.measure(make_model(), 1, samples, 2, make_model, **options, cache_bytes=(400 + 100 * both) * 6 * 4)
+    few = [3 * len(samples), 3 * len(tested)]  # to validate the network and to fill the cache
+    assert [count < most for count, most in zip(rows, few, strict=True)] == cached
 
 
 # The optimum of linear decoders

@@ -10,8 +10,10 @@ from layerwise.probes.decoders import get_unmodified_type, is_flatten, list_laye
 Source = Callable[[Tensor], Tensor]  # indices (B,) -> inputs or encodings (B, ...)
 
 
-def make_source(blocks: nn.Sequential, source: Source, batches: tuple[Tensor, ...], cache_bytes: int) -> Source:
-    """Return a function that maps indices (B,) to blocks(source(indices)).
+def make_source(
+    blocks: nn.Sequential, source: Source, batches: tuple[Tensor, ...], cache_bytes: int
+) -> tuple[Source, int]:
+    """Return a function that maps indices (B,) to blocks(source(indices)), and the number of bytes that it caches.
 
     All encodings are computed once and cached if they fit cache_bytes. Otherwise they are computed in each call.
     """
@@ -22,7 +24,7 @@ def make_source(blocks: nn.Sequential, source: Source, batches: tuple[Tensor, ..
 
     one, N = encode(batches[0][:1]), sum(map(len, batches))
     if N * one.nbytes > cache_bytes:
-        return encode
+        return encode, 0
     layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
     cached = torch.empty((N, *one.shape[1:]), dtype=one.dtype, device=one.device, memory_format=layout)
     for indices in batches:
@@ -31,7 +33,7 @@ def make_source(blocks: nn.Sequential, source: Source, batches: tuple[Tensor, ..
     def get_cached(indices: Tensor) -> Tensor:
         return cached[indices]
 
-    return get_cached
+    return get_cached, cached.nbytes
 
 
 def transform_source(source: Source, transform: Callable[[Tensor], Tensor]) -> Source:

@@ -98,24 +98,34 @@ def group_splits(reference: nn.Sequential, splits: list[int], linear: set[int]) 
 def encode_groups(
     task: Task, groups: list[tuple[str, list[int]]], batch_size: int, cache_bytes: int
 ) -> Iterator[tuple[str, list[int], Encodings]]:
-    """Yield (kind, splits, encodings) of each group. Encodings are computed from those of the split before."""
+    """Yield (kind, splits, encodings) of each group. Encodings are computed from those of the split before.
+
+    The splits of a group have equal shares of the cache. The samples held out get what the set of the probes leaves.
+    """
     inputs = [(task.inputs, task.targets[0])]
     if task.held_out:
         inputs.append((task.held_out.inputs, task.held_out.labels))
     inputs = [Encoded(source, torch.arange(len(y), device=y.device).split(batch_size)) for source, y in inputs]
-    sizes = [sum(map(len, each.batches)) for each in inputs]
     sets, depth = inputs, 0  # sets: the encodings of the split at depth
     for kind, splits in groups:
         if splits[0] < depth:  # the group before ended deeper, as MLPs of all depths are in one group
             sets, depth = inputs, 0
-        encodings, shares = {}, [cache_bytes * size // (len(splits) * sum(sizes)) for size in sizes]
+        encodings = {}
         for k in splits:
-            blocks, cast = task.model[depth:k], make_cast(task.reference[k:])
-            pairs = zip(sets, shares, strict=True)
-            sets = [each._replace(source=make_source(blocks, *each, share)) for each, share in pairs]
-            depth = k
+            sets = encode_sets(task.model[depth:k], sets, cache_bytes // len(splits))
+            depth, cast = k, make_cast(task.reference[k:])
             encodings[k] = [each._replace(source=transform_source(each.source, cast)) for each in sets]
         yield kind, splits, encodings
+
+
+def encode_sets(blocks: nn.Sequential, sets: list[Encoded], cache_bytes: int) -> list[Encoded]:
+    """Return the sets encoded by the blocks. Each set may cache what those before it leave."""
+    encoded = []
+    for each in sets:
+        source, cached = make_source(blocks, *each, cache_bytes)
+        encoded.append(each._replace(source=source))
+        cache_bytes -= cached
+    return encoded
 
 
 def fit_linear(
