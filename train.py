@@ -42,6 +42,7 @@ Row = tuple[str, str, dib.ProbeResult]  # set, split, result
 def train(run: Run, done: int) -> None:
     """Train and measure from epoch done + 1 on. In epoch 0 the model is only measured, before training."""
     last, timer = run.config.epochs, partial(time_phase, run)
+    replace_missing_noise(run, done)
     with prepare_forward(run) as forward:
         for epoch in show_bar(range(done + 1, last + 1), desc="epochs", initial=done + 1, total=last + 1):
             if epoch > 0:
@@ -237,6 +238,20 @@ def measure_noise(run: Run, epoch: int) -> list[Row]:
     return rows
 
 
+def replace_missing_noise(run: Run, done: int) -> None:
+    """Write noise.csv again if it is missing from a resumed run. It depends on the flags, not on the network."""
+    first, path = configuration.get_first_measured(run.config.measure_dib), Path(run.config.run_dir) / "noise.csv"
+    if done >= first and not processes.broadcast_object(path.exists()):
+        noise = measure_noise(run, first)
+        if noise and processes.get_rank() == 0:
+            write_noise(path.parent, noise)
+
+
+def write_noise(folder: Path, noise: list[Row]) -> None:
+    """Write noise.csv."""
+    runs.write_table(folder / "noise.csv", schema.NOISE, [(name, split, *result) for name, split, result in noise])
+
+
 def fit_noise(layer: nn.Linear, labels: Tensor, generator: torch.Generator, config: Config) -> list[dib.ProbeResult]:
     """Return the results of probes like the linear layer, on Gaussian features with these labels (N,)."""
 
@@ -271,7 +286,7 @@ def save_epoch(run: Run, epoch: int, scores: dict, collapse: dict, results: list
     }
     folder = Path(run.config.run_dir)
     if noise:
-        runs.write_table(folder / "noise.csv", schema.NOISE, [(name, split, *result) for name, split, result in noise])
+        write_noise(folder, noise)
     runs.append_rows(folder, rows)
     checkpoint.save(folder, epoch, configuration.collect_hparams(run.config), run.device, run.parts)
 

@@ -111,6 +111,27 @@ def test_noise_is_measured_again_if_its_epoch_was_not_finished(tmp_path, monkeyp
     assert "noise.csv" in read_results(tmp_path / "a")
 
 
+@pytest.mark.parametrize("epochs", ["2", "3"])
+def test_noise_is_measured_again_if_its_file_is_missing(tmp_path, epochs):
+    """Also if no epoch is left to train."""
+    command = [*QUICK, "--probes", "tuned", "--dib-epochs", "1"]
+    train.main([*command, "--epochs", "2", "--run-dir", str(tmp_path / "b")])
+    shutil.copytree(tmp_path / "b", tmp_path / "a")
+    (tmp_path / "b" / "noise.csv").unlink()
+    for name in ("a", "b"):
+        train.main([*command, "--epochs", epochs, "--run-dir", str(tmp_path / name), "--resume"])
+    assert (tmp_path / "a" / "noise.csv").read_bytes() == (tmp_path / "b" / "noise.csv").read_bytes()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flag", ["--no-controls", "--no-dib"])
+def test_a_resumed_run_without_noise_does_not_measure_it(tmp_path, flag):
+    command = [*QUICK, "--probes", "tuned", "--dib-epochs", "1", "--run-dir", str(tmp_path / "run"), flag]
+    train.main([*command, "--epochs", "1"])
+    train.main([*command, "--epochs", "2", "--resume"])
+    assert not (tmp_path / "run" / "noise.csv").exists()
+
+
 def test_a_run_may_be_moved(half, tmp_path, whole):
     half.rename(tmp_path / "moved")
     train.main(["--run-dir", str(tmp_path / "moved"), "--resume"])
