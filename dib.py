@@ -295,7 +295,11 @@ def validate_frozen_decoders(model: nn.Sequential, reference: nn.Sequential, spl
 def make_labelings(
     labels: Tensor, num_classes: int, enumerations: int | Literal["data"], controls: bool, seed: int
 ) -> tuple[list[tuple[int, int | str]], Tensor]:
-    """Return the keys [(enumeration, labeling), ...] and the labelings (J, N). The first labeling is the labels."""
+    """Return the keys [(enumeration, labeling), ...] and the labelings (J, N). The first labeling is the labels.
+
+    The order of `shuffled` is drawn from the seed alone, so that it is the same for all sets of N samples and in all
+    epochs.
+    """
     N, device = len(labels), labels.device
     keys, targets = [(0, LABELS)], [labels]
     if controls:
