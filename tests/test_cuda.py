@@ -21,6 +21,7 @@ import train
 from layerwise import devices
 from layerwise.probes import group
 from layerwise.probes.decoders import is_linear
+from layerwise.probes.orthogonal import orthogonalise
 from layerwise.probes.separate import compute_logits_one_by_one
 from layerwise.samples import Samples
 from relabel import relabel
@@ -63,6 +64,12 @@ def make_norm_net() -> nn.Sequential:
     """Build a network with BatchNorm, for 25 features and 3 classes."""
     conv = nn.Sequential(nn.Unflatten(1, (1, 5, 5)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     return nn.Sequential(conv, nn.Sequential(nn.Conv2d(4, 3, 2), nn.Tanh(), nn.Flatten()), nn.Linear(12, 3))
+
+
+def make_wide_net() -> nn.Sequential:
+    """Build a network for 25 features and 3 classes, whose filters and hidden layer take orthogonalised steps."""
+    conv = nn.Sequential(nn.Unflatten(1, (1, 5, 5)), nn.Conv2d(1, 16, (4, 4)), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(conv, nn.Sequential(nn.Linear(64, 20), nn.Tanh()), nn.Linear(20, 3))
 
 
 def make_random_net() -> nn.Sequential:
@@ -121,6 +128,27 @@ def test_probes_are_those_of_the_cpu(make, probes):
         assert [r.loss for r in got[k]] == pytest.approx([r.loss for r in expected[k]], **tolerance)
 
 
+@pytest.mark.parametrize("shape", [(20, 70), (70, 20)])
+def test_orthogonalised_steps_are_close_to_those_of_the_cpu(shape):
+    """On CUDA they are products, whose singular values are between 0.84 and 1.13 of those of the CPU."""
+    torch.manual_seed(0)
+    G = torch.randn(3, *shape)
+    G[1, :, 15:] = 0
+    expected = orthogonalise(G)
+    difference = orthogonalise(G.cuda()).cpu() - expected
+    assert (torch.linalg.matrix_norm(difference) < 0.17 * torch.linalg.matrix_norm(expected)).all()
+
+
+def test_wide_probes_reach_the_losses_of_the_cpu():
+    """Their steps differ, so only losses near 0 are compared. Without the steps four of six would be above 0.7."""
+    torch.manual_seed(0)
+    model, samples = make_wide_net(), make_clusters(90, 25, 3)
+    for to in (lambda x: x, move_to_cuda):
+        found = dib.measure(model, 0, to(samples), 3, make_wide_net, probes=dib.Tuned(60))
+        assert all(result.loss < 0.01 for result in found)
+        model.cuda()
+
+
 def test_the_range_test_leaves_the_random_states():
     samples, model = make_images(make_clusters(90, 25, 3)), make_random_net().cuda()
     random = torch.get_rng_state(), torch.cuda.get_rng_state()
@@ -129,7 +157,7 @@ def test_the_range_test_leaves_the_random_states():
     assert torch.equal(random[1], torch.cuda.get_rng_state())
 
 
-@pytest.mark.parametrize("make", [make_mlp, make_norm_net])
+@pytest.mark.parametrize("make", [make_mlp, make_norm_net, make_wide_net])
 @pytest.mark.parametrize("probes", [dib.Thesis(partial(torch.optim.SGD, lr=0.1, fused=True), 5), dib.Tuned(10)])
 def test_steps_of_probes_do_not_synchronise(monkeypatch, make, probes):
     """The first step may: it tests whether the probes draw random numbers. Probes are made on CUDA."""

@@ -189,6 +189,21 @@ def make_mlp() -> nn.Sequential:
     return models.build("MLP", (6,), 3, widths=(5, 4), nonlinearity="Tanh").double()
 
 
+def make_wide_mlp() -> nn.Sequential:
+    """Build a float64 MLP for 6 numbers and 3 classes, with hidden layers of 17, 16, 4, 18 and 17 units."""
+    return models.build("MLP", (6,), 3, widths=(17, 16, 4, 18, 17), nonlinearity="Tanh").double()
+
+
+def make_wide_conv_net() -> nn.Sequential:
+    """Build a float64 network for images (2, 5, 5) and 3 classes, with filters wide enough for orthogonalised steps.
+
+    Its last filters see one pixel and padding.
+    """
+    first = nn.Sequential(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3))
+    last = nn.Sequential(nn.Conv2d(16, 17, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(first, last, nn.Linear(17, 3)).double()
+
+
 def make_conv_net() -> nn.Sequential:
     """Build a network of float64 with convolutions and BatchNorm, for images (1, 5, 5) and 3 classes."""
     conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3))

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterable
-from math import ceil
+from math import ceil, sqrt
 from statistics import mean
 
 import torch
@@ -219,6 +219,36 @@ def score_alone(probe: nn.Module, z: Tensor, batch_size: int, z_other: Tensor, l
         return F.cross_entropy(probe.eval()(z_other), labels_other, reduction="none").tolist()
 
 
+class TunedOptimizers:
+    """The optimizers of one probe: orthogonalised steps by a singular value decomposition, and Adam."""
+
+    def __init__(self, probe: nn.Module, sizes: dict[str, float], rate: float):
+        matrices = [name for name, p in probe.named_parameters() if p.dim() > 1]
+        self.momenta: list[tuple[nn.Parameter, Tensor, float]] = []
+        groups = []
+        for name, p in probe.named_parameters():
+            m, n = p.flatten(1).shape if p.dim() > 1 else (1, 1)
+            if name in matrices[:-1] and m >= 16 and n >= 16:
+                self.momenta.append((p, torch.zeros(m, n, dtype=p.dtype), 0.45 * rate * sizes[name]))
+            else:
+                groups.append({"params": [p], "lr": 0.0, "rate": rate * sizes[name] * min(1, 256 / n) ** 0.75})
+        self.adam = torch.optim.Adam(groups, betas=(0.8, 0.95), foreach=False, fused=False)
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Take a step with the rates times a factor."""
+        for group in self.adam.param_groups:
+            group["lr"] = factor * group["rate"]
+        self.adam.step()
+        for p, momentum, rate in self.momenta:
+            momentum.mul_(0.8).add_(p.grad.flatten(1))
+            G = p.grad.flatten(1) + 0.8 * momentum
+            U, S, V = torch.linalg.svd(G, full_matrices=False)
+            lines = G.T if len(G) <= G.shape[1] else G  # the inputs, or the outputs if they are more
+            used = max(min(G.shape), sum(bool(line.any()) for line in lines))
+            p -= factor * rate * sqrt(used) * (U * (S / S.clamp_min(3e-4 * S[0])) @ V).view_as(p)
+
+
 def tune_probe_alone(
     z: Tensor,
     z_other: Tensor,
@@ -250,8 +280,7 @@ def tune_probe_alone(
         batches += shuffle_once()
     runners = []
     for probe in starts:
-        groups = [{"params": [p], "lr": 0.0, "size": sizes[name]} for name, p in probe.named_parameters()]
-        runners.append((probe.train(), torch.optim.Adam(groups, betas=(0.8, 0.95), foreach=False, fused=False), []))
+        runners.append((probe.train(), TunedOptimizers(probe, sizes, rate), []))
     phases = (
         [(8, 1), (4, 2), (2, 4), (1, 10)] if len(starts) == 8 else [(1, 10)]
     )  # starts, until this tenth of the steps
@@ -259,19 +288,17 @@ def tune_probe_alone(
     for count, tenth in phases:
         end = round(steps * tenth / 10)
         runners, running_losses = [runners[i] for i in find_best(running_losses, count)], []
-        for probe, optimizer, path in runners:
+        for probe, optimizers, path in runners:
             running = 0.0
             for i in range(begin, end):
                 factor = min(1.0, (i + 1) / (steps / 10))  # the rate grows over a tenth of the steps
                 decay = 0.3 * (steps - 100)  # it falls to 0 over three tenths of the steps beyond a hundred
                 if decay > 1:
                     factor = min(factor, (steps - i) / decay)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["size"] * factor
                 loss = F.cross_entropy(probe(z[batches[i]]), labels[batches[i]])
-                optimizer.zero_grad()
+                probe.zero_grad()
                 loss.backward()
-                optimizer.step()
+                optimizers.step(factor)
                 running = 0.9 * running + loss.item()
                 if i + 1 in moments:
                     path.append(score_alone(probe, z, batch_size, z_other, labels_other))

@@ -35,6 +35,11 @@ def is_norm(layer: nn.Module) -> bool:
     return kind in NORMS or (kind is not None and f"{kind.__module__}.{kind.__qualname__}" == TORCHVISION_NORM)
 
 
+def list_matrices(decoder: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return {name: (m, n)} of the parameters of several dimensions: m outputs, n inputs of an output."""
+    return {name: tuple(p.flatten(1).shape) for name, p in decoder.named_parameters() if p.dim() > 1}
+
+
 def is_trainable(decoder: nn.Module) -> bool:
     """Return whether any parameter requires gradients."""
     return any(p.requires_grad for p in decoder.parameters())

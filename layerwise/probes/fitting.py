@@ -56,7 +56,8 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
     J, N = task.targets.shape
     linear = {k for k in task.splits if probes.solves_linear and can_fit_linear(task.reference[k:], N)}
     assigned = processes.take_share([(k, j) for k in task.splits for j in range(J)])
-    groups = group_splits(task.reference, sorted({k for k, _ in assigned}), linear)
+    starts = {k: probes.count_starts(task.reference[k:]) for k in task.splits}
+    groups = group_splits(task.reference, sorted({k for k, _ in assigned}), linear, starts)
     sizes = compute_parameter_sizes(task.reference)
     results = torch.zeros(3, len(task.splits), J, dtype=torch.float64)
     for kind, splits, encodings in encode_groups(task, groups, batch_size, cache_bytes):
@@ -77,21 +78,23 @@ def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int
     return Fitted(*results[:2], results[2, :, 0])
 
 
-def group_splits(reference: nn.Sequential, splits: list[int], linear: set[int]) -> list[tuple[str, list[int]]]:
+def group_splits(
+    reference: nn.Sequential, splits: list[int], linear: set[int], starts: dict[int, int]
+) -> list[tuple[str, list[int]]]:
     """Return (kind, splits) of the groups of splits whose probes are fitted together, in order of their first splits.
 
-    All splits with an MLP decoder form one group. Every other split is a group. linear: the splits with kind "linear".
+    All splits with an MLP decoder and the same number of starts form one group. Every other split is a group. linear:
+    the splits with kind "linear". starts: {k: number of starts}.
     """
-    groups, mlps = [], []
+    groups, mlps = [], {}
     for k in splits:
         if k in linear:
             groups.append(("linear", [k]))
         elif is_mlp(reference[k:]):
-            mlps.append(k)
+            mlps.setdefault(starts[k], []).append(k)
         else:
             groups.append(("other" if is_trainable(reference[k:]) else "frozen", [k]))
-    if mlps:
-        groups.append(("mlp", mlps))
+    groups += [("mlp", of_starts) for of_starts in mlps.values()]
     return sorted(groups, key=lambda group: group[1])
 
 

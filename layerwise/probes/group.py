@@ -62,14 +62,16 @@ class ProbeGroup:
         """Return the mean cross-entropy of each probe on the samples at indices (B,): (P,), in nats."""
         return self.compute_sample_losses(indices).mean(1)
 
-    def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
+    def step(self, optimizers: list[torch.optim.Optimizer], indices: Tensor) -> Tensor:
         """Take one step of every probe. Return the losses before it, (P,)."""
         with self.autocast():
             losses = self.compute_losses(indices)
         if losses.requires_grad:  # False if the losses do not depend on any parameter
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             losses.sum().backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         return losses.detach()
 
     def recompute_batchnorm_statistics(self, batches: Iterable[Tensor]) -> None:

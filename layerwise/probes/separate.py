@@ -33,12 +33,12 @@ class SeparateProbes(ProbeGroup):
         part.learns = self.learns[self.learns == labeling]
         return part
 
-    def step(self, optimizer: torch.optim.Optimizer, indices: Tensor) -> Tensor:
+    def step(self, optimizers: list[torch.optim.Optimizer], indices: Tensor) -> Tensor:
         if self.draws is not None:
-            return super().step(optimizer, indices)
+            return super().step(optimizers, indices)
         rng = torch.cuda if indices.is_cuda else torch
         before = rng.get_rng_state()
-        losses = super().step(optimizer, indices)
+        losses = super().step(optimizers, indices)
         self.draws = not torch.equal(before, rng.get_rng_state())
         return losses
 

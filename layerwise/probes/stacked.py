@@ -1,6 +1,7 @@
 """Stacked MLPs: one tensor has the weights of a layer of all probes, and one product computes the layer."""
 
 import copy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class StackedProbes(ProbeGroup):
         part.stacks = {name: stack.detach()[rows[rows < len(stack)]] for name, stack in self.stacks.items()}
         return part
 
-    def select_rows(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Keep only the probes in these rows, the same share of every split, also in the optimizer."""
+    def select_rows(self, rows: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Keep only the probes in these rows, the same share of every split, also in the optimizers."""
         for k, of_split in self.probes.items():
             self.probes[k] = of_split[: len(of_split) * len(rows) // len(self.learns)]  # only their number is used
         self.learns = self.learns[rows]
@@ -44,9 +45,10 @@ class StackedProbes(ProbeGroup):
             own = rows[rows < len(old)]  # probes of shallower splits, which have more layers, come first
             new[old] = old.detach()[own].requires_grad_(old.requires_grad)
             self.stacks[name] = new[old]
-            for key, value in optimizer.state.pop(old, {}).items():
-                optimizer.state[new[old]][key] = value[own] if value.dim() else value
-        for param_group in optimizer.param_groups:
+            for optimizer in optimizers:
+                for key, value in optimizer.state.pop(old, {}).items():
+                    optimizer.state[new[old]][key] = value[own] if value.dim() else value
+        for param_group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             param_group["params"] = [new[old] for old in param_group["params"]]
 
 
