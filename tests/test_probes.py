@@ -455,7 +455,7 @@ def fit_and_train_alone(
         (make_padding_net, (2, 3, 3), [0], 50, ONE_BY_ONE, 1e-9),
         (make_random_net, (6,), [0], 120, ONE_BY_ONE, 1e-9),
         # X X^T has the squared condition number of X, which the singular value decomposition of the reference has
-        (make_wide_mlp, (6,), [0, 1, 2, 3], 60, STACKED, 1e-6),
+        (make_wide_mlp, (6,), [0, 3, 4, 5], 60, STACKED, 1e-6),
         (make_wide_conv_net, (2, 5, 5), [0], 30, ONE_BY_ONE, 1e-6),
     ],
     ids=["MLP", "few steps", "convolutional", "padding", "random", "wide MLP", "wide convolutional"],
