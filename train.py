@@ -276,7 +276,8 @@ def count_dib_steps(config: Config, name: str) -> int:
 def save_epoch(run: Run, epoch: int, scores: dict, collapse: dict, results: list[Row], noise: list[Row]) -> None:
     """Append the rows of the epoch to the tables, write noise.csv if it was measured, and replace the checkpoint.
 
-    An epoch is finished when the checkpoint is written. --resume removes the rows of epochs that were not finished.
+    With --save-weights, the weights of a measured epoch are written as well. An epoch is finished when the checkpoint
+    is written. --resume removes the rows and the weights of epochs that were not finished.
     """
     seconds = {"train": run.seconds.get("train", 0.0), "test": run.seconds["evaluation"]}  # `seconds` of epochs.csv
     rows = {
@@ -288,6 +289,8 @@ def save_epoch(run: Run, epoch: int, scores: dict, collapse: dict, results: list
     if noise:
         write_noise(folder, noise)
     runs.append_rows(folder, rows)
+    if run.config.save_weights and (collapse or results):
+        checkpoint.save_weights(folder, epoch, run.model)
     checkpoint.save(folder, epoch, configuration.collect_hparams(run.config), run.device, run.parts)
 
 

@@ -53,7 +53,7 @@ class RunTables:
         rate that a range test selected is left out, because it is determined by the other flags. The number of epochs
         is left out unless the schedule depends on it.
         """
-        ignored = {"seed", *schema.MAY_CHANGE, *DERIVED}
+        ignored = {"seed", "save_weights", *schema.MAY_CHANGE, *DERIVED}
         if self.hparams.get("tune"):
             ignored.add("learning_rate")
         if self.hparams.get("schedule", "constant") != "constant":

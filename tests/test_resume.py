@@ -98,6 +98,48 @@ def test_tuned_probes_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_p
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_kept_weights_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_path, monkeypatch):
+    """The run ends between writing the weights of epoch 1 and the checkpoint."""
+    command, save = [*QUICK, "--no-dib", "--save-weights", "--run-dir"], checkpoint.save
+    train.main([*command, str(tmp_path / "a")])
+
+    def crash(folder: Path, epoch: int, *rest) -> None:
+        if epoch == 1:
+            raise Crash
+        save(folder, epoch, *rest)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(checkpoint, "save", crash)
+        with pytest.raises(Crash):
+            train.main([*command, str(tmp_path / "b")])
+    (tmp_path / "b" / "weights" / "epoch1.pt").write_text("damaged")
+    train.main(["--run-dir", str(tmp_path / "b"), "--resume"])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert read_files(tmp_path / "b" / "weights") == read_files(tmp_path / "a" / "weights")
+    assert sorted(read_files(tmp_path / "a" / "weights")) == ["epoch0.pt", "epoch1.pt", "epoch2.pt"]
+
+
+def test_resume_removes_kept_weights_of_an_unfinished_epoch_that_is_no_longer_measured(tmp_path, monkeypatch):
+    """The last epoch is always measured with --measure log. In a longer run, epoch 5 is not the last one."""
+    command, save = [*QUICK, "--no-dib", "--measure", "log", "--save-weights", "--run-dir"], checkpoint.save
+    with monkeypatch.context() as failing:
+        failing.setattr(checkpoint, "save", lambda folder, e, *rest: 1 / 0 if e == 5 else save(folder, e, *rest))
+        with pytest.raises(ZeroDivisionError):
+            train.main([*command, str(tmp_path / "b"), "--epochs", "5"])
+    assert (tmp_path / "b" / "weights" / "epoch5.pt").exists()
+    train.main(["--run-dir", str(tmp_path / "b"), "--resume", "--epochs", "7"])
+    train.main([*command, str(tmp_path / "a"), "--epochs", "7"])
+    assert read_files(tmp_path / "b" / "weights") == read_files(tmp_path / "a" / "weights")
+
+
+def test_a_new_run_removes_kept_weights_of_an_old_one(tmp_path):
+    (tmp_path / "weights").mkdir()
+    for name in ("epoch0.pt", "epoch17.pt", "epochs.pt", "mine.pt"):
+        (tmp_path / "weights" / name).write_text("of before")
+    train.main([*QUICK, "--no-dib", "--run-dir", str(tmp_path)])
+    assert set(read_files(tmp_path / "weights")) == {"epochs.pt", "mine.pt"}
+
+
 def test_noise_is_measured_again_if_its_epoch_was_not_finished(tmp_path, monkeypatch):
     command = [*QUICK, "--probes", "tuned", "--dib-epochs", "1", "--epochs", "1"]
     train.main([*command, "--run-dir", str(tmp_path / "a")])
@@ -157,6 +199,7 @@ def test_a_run_that_ended_within_its_first_epoch_may_be_replaced(tmp_path, monke
         (["--sets", "test"], "--sets is ['test'], but was ['train', 'test'] in"),
         (["--splits", "hidden2"], "--splits is ['hidden2'], but was ['input', 'hidden1', 'hidden2'] in"),
         (["--no-dib"], "--dib is False, but was True in"),
+        (["--save-weights"], "--save-weights is True, but was False in"),
         (["--epochs", "1"], "--epochs must be at least 2, got 1"),
     ],
 )
@@ -304,6 +347,26 @@ def test_a_full_disk_keeps_the_last_finished_epoch(whole, half):
     assert len(done.stderr.splitlines()) == 1
     train.main(flags)
     assert_same_run(whole, half)
+
+
+def test_a_disk_that_is_too_full_for_the_weights_keeps_the_last_finished_epoch(tmp_path, monkeypatch, capsys):
+    flags, save = [*QUICK, "--no-dib", "--save-weights", "--run-dir", str(tmp_path / "run")], runs.write_atomically
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name == "epoch1.pt":
+            raise OSError(28, "No space left on device")
+        save(path, content)
+
+    with monkeypatch.context() as full:
+        full.setattr(runs, "write_atomically", write)
+        with pytest.raises(SystemExit) as end:
+            train.main(flags)
+    assert end.value.code == 1
+    kept = f"finished epochs are saved in {tmp_path / 'run'}"
+    assert capsys.readouterr().err == f"train.py: error: [Errno 28] No space left on device; {kept}\n"
+    assert checkpoint.load(tmp_path / "run")["epoch"] == 0
+    train.main([*flags, "--resume"])
+    assert len(read_files(tmp_path / "run" / "weights")) == 3
 
 
 @pytest.mark.slow

@@ -183,8 +183,9 @@ def test_mean_and_deviation_over_seeds_by_hand():
 
 
 def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
-    """Device, folders and versions may differ, but no other flag."""
-    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, device=f"cuda:{seed}", processes=seed) for seed in (3, 1)]
+    """Device, folders, versions and --save-weights may differ, but no other flag."""
+    flags = {seed: {"device": f"cuda:{seed}", "processes": seed, "save_weights": seed == 1} for seed in (3, 1)}
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, **flags[seed]) for seed in flags]
     other = write_run(tmp_path / "other", LAYERS, 1, widths=[3, 2], nonlinearity="Tanh")
     cnn = write_run(tmp_path / "cnn", LAYERS, 0, model="MNISTNet", data="MNIST", widths=[9])
     found = tables.read_groups([runs[0], other, runs[1], cnn])

@@ -107,6 +107,33 @@ def test_values_of_an_epoch_are_those_of_the_weights_at_its_end(tmp_path):
         assert values == pytest.approx([v.nc1 for v in nc1.measure(model, models.layers(model), samples, 2).values()])
 
 
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        ([], [0, 1, 2, 3]),
+        (["--measure", "1", "3", "--measure-dib", "2", "3"], [1, 2, 3]),
+        (["--measure", "0", "1", "--measure-dib", "2", "--no-nc1"], [2]),
+        (["--measure", "0", "1", "--measure-dib", "2", "--no-dib"], [0, 1]),
+        (["--measure", "0", "--measure-dib", "1", "2", "--splits", "input"], [0, 1]),  # the input is measured once
+    ],
+)
+def test_weights_of_the_measured_epochs_are_kept(tmp_path, flags, epochs):
+    tables = train_and_read(tmp_path / "run", "--epochs", "3", "--save-weights", *flags)
+    assert sorted(path.name for path in (tmp_path / "run" / "weights").iterdir()) == [f"epoch{e}.pt" for e in epochs]
+    assert {epoch for name in ("nc1.csv", "dib.csv") for epoch in tables[name]["epoch"]} == set(epochs)
+    assert json.loads((tmp_path / "run" / "hparams.json").read_text())["save_weights"] is True
+    if epochs[-1] == 3:
+        weights = torch.load(tmp_path / "run" / "weights" / "epoch3.pt", weights_only=True)
+        expected = load_weights(tmp_path / "run")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_weights_are_kept_only_if_the_flag_is_given(whole):
+    assert json.loads((whole / "hparams.json").read_text())["save_weights"] is False
+    assert not (whole / "weights").exists()
+
+
 def test_nc1_of_the_input_is_measured_once(tmp_path):
     table = train_and_read(tmp_path / "run", "--no-dib")["nc1.csv"]
     assert table["layer"].tolist().count("input") == 2  # for each set in the first epoch

@@ -13,6 +13,7 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
+from torch import nn
 
 from layerwise import runs
 from layerwise.schema import COLUMNS, DEVICE_DEFAULTS, LR_RANGE, MAY_CHANGE, RENAMED_FILES, RENAMED_HPARAMS
@@ -29,6 +30,7 @@ def create_run_files(folder: Path, hparams: dict, device: torch.device, parts: d
     try:
         for name in ("checkpoint.pt", "lr_range.csv", "convergence.csv", "noise.csv", *RENAMED_FILES):
             (folder / name).unlink(missing_ok=True)
+        remove_weights(folder, BEGUN)
         if tried:
             runs.write_table(folder / "lr_range.csv", LR_RANGE, tried)
         for name in COLUMNS:
@@ -141,10 +143,11 @@ def restore(folder: Path, state: dict, device: torch.device, parts: dict) -> Non
 
 
 def discard_unfinished_epoch(folder: Path, state: dict, hparams: dict, device: torch.device, parts: dict) -> None:
-    """Truncate the tables to the last finished epoch, and write the present hparams.
+    """Truncate the tables to the last finished epoch, remove later weights, and write the present hparams.
 
     state: a checkpoint that `restore` has loaded into the parts.
     """
+    remove_weights(folder, state["epoch"])
     for name, (size, _) in state["tables"].items():
         with (folder / name).open("rb+") as file:
             file.truncate(size)
@@ -158,6 +161,50 @@ def save(folder: Path, epoch: int, hparams: dict, device: torch.device, parts: d
     contents = {name: (folder / name).read_bytes() for name in COLUMNS}
     tables = {name: (len(content), crc32(content)) for name, content in contents.items()}
     state = {"epoch": epoch, "hparams": hparams, **take_random_states(device), "tables": tables}
+    write_state(folder / "checkpoint.pt", state | {name: part.state_dict() for name, part in parts.items()})
+
+
+def save_weights(folder: Path, epoch: int, model: nn.Module) -> None:
+    """Write the model's weights to weights/epoch<number>.pt."""
+    (folder / "weights").mkdir(exist_ok=True)
+    write_state(folder / "weights" / f"epoch{epoch}.pt", model.state_dict())
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write a file of torch.save. If this fails, an earlier file is kept."""
     file = io.BytesIO()
-    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
-    runs.write_atomically(folder / "checkpoint.pt", file.getvalue())
+    torch.save(state, file)
+    runs.write_atomically(path, file.getvalue())
+
+
+def list_weights(folder: Path) -> dict[int, Path]:
+    """Return {epoch: file} of the saved weights, in order."""
+    numbers = {path: path.stem.removeprefix("epoch") for path in (folder / "weights").glob("epoch*.pt")}
+    return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
+
+
+def remove_weights(folder: Path, last: int) -> None:
+    """Remove the saved weights of the epochs after `last`."""
+    for epoch, path in list_weights(folder).items():
+        if epoch > last:
+            path.unlink()
+
+
+def load_weights(folder: Path, state: dict, epoch: int, model: nn.Module) -> None:
+    """Load the saved weights of a finished epoch into the model. state: the last checkpoint of the run.
+
+    Raises ValueError if there is no file of this epoch, or if it does not hold weights of such a model.
+    """
+    last = state["epoch"]
+    if not state["hparams"]["save_weights"]:
+        held = f"the weights of epoch {epoch}, only those of epoch {last}"
+        raise ValueError(f"{folder} does not hold {held}: the run was made without --save-weights")
+    paths = {number: path for number, path in list_weights(folder).items() if number <= last}
+    if epoch not in paths:
+        reason = f"it holds those of epochs {', '.join(map(str, paths))}" if paths else "it holds none"
+        raise ValueError(f"{folder / 'weights'} does not hold the weights of epoch {epoch}: {reason}")
+    try:
+        model.load_state_dict(torch.load(paths[epoch], map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many types for a file that torch.save did not write
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # the first sentence
+        raise ValueError(f"{paths[epoch]} does not hold weights of the model: {reason}") from error

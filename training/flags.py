@@ -56,6 +56,7 @@ class Config:
     data_dir: str = "datasets"
     download: bool = False
     deterministic: bool = False
+    save_weights: bool = False
     run_dir: str | None = None
     resume: bool = False
     optimizer_options: dict = field(default_factory=dict)
@@ -225,6 +226,8 @@ def add_run_flags(flag: Callable) -> None:
     """Add the flags of where and how a run is made. flag: add_argument of a group."""
     flag("--run-dir", metavar="DIR", help="the run's folder (default: runs/<model>-<data>-seed<seed>)")
     flag("--resume", action="store_true", help="continue from the last finished epoch, with the flags of the run")
+    weights_help = "keep the weights of the epochs in which NC1 or DIB is measured: weights/epoch<number>.pt"
+    flag("--save-weights", action="store_true", help=weights_help)
     flag("--seed", type=make_number_type(int, 0), metavar="N", help=f"random seed (default: {Config.seed})")
     flag("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     flag("--deterministic", action="store_true", help="use deterministic algorithms only; slower on CUDA")
