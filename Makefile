@@ -30,8 +30,8 @@ lr-range: $(VENV) ## run the learning-rate range test without training, and plot
 sweep: $(VENV) ## run several seeds, skip finished runs and continue others: SEEDS=5 MODEL=MLP DATA=SZT ARGS="..."
 	@.venv/bin/python -m tools.sweep $(SEEDS) --model $(MODEL) --data $(DATA) $(ARGS)
 
-convergence: $(VENV) ## measure DIB of the last epoch with 1, 2, 4 and 8 times the probe steps: RUN=runs/a (default: the newest run)
-	@.venv/bin/python -m tools.convergence $(RUN) $(ARGS)
+convergence: $(VENV) ## measure DIB of an epoch with 1, 2, 4 and 8 times the probe steps: RUN=runs/a (default: the newest run) EPOCH=3 (default: the last)
+	@.venv/bin/python -m tools.convergence $(RUN) $(if $(EPOCH),--epoch $(EPOCH)) $(ARGS)
 
 plots: $(VENV) ## plot the figures of runs: RUN="runs/a runs/b" (default: the newest run) ARGS="--epochs 1 10 100 --out folder"
 	@.venv/bin/python -m analysis.plots $(RUN) $(ARGS)

@@ -279,7 +279,7 @@ def draw_information(fig: Figure, groups: list[Group]) -> None:
 
 
 def draw_convergence(fig: Figure, groups: list[Group]) -> None:
-    """Draw minimality and sufficiency after the last epoch by the steps of the probes."""
+    """Draw minimality and sufficiency after one epoch by the steps of the probes."""
     draw_quantities(fig, groups, "convergence_information", "steps")
 
 
@@ -311,7 +311,9 @@ def draw_quantities(fig: Figure, groups: list[Group], name: str, across: str) ->
         if shown:
             label = "probe's own loss" + ("" if all(shown) else f"\n({shown.count(False)} further below)")
             axes[0, 0].plot([], [], linestyle="", color="0.3", marker="o", label=label, **style.HOLLOW)
-        style.add_legend(part, axes[0, 0], f"{group.describe_seeds(MEAN_SD, name)}\nencoder up to")
+        epochs = [] if across == "epoch" else [f"epoch {epoch}" for epoch in group.list_epochs("convergence")]
+        title = "\n".join([group.describe_seeds(MEAN_SD, name), *epochs, "encoder up to"])
+        style.add_legend(part, axes[0, 0], title)
         style.add_key(part, entries)
     share_scale(fig, groups, "y")
 

@@ -183,9 +183,9 @@ KINDS = {
     "convergence": FigureKind(
         title="Convergence of decodable information",
         caption=(
-            "Decodable information after the last epoch, for probes that are trained for 1, 2, 4 and 8 times the "
-            "steps. Where a curve is flat, the probes have converged, and --dib-epochs is large enough. Where a curve "
-            "still rises, the values in the other figures are too low. Hollow markers are probes that are known "
+            "Decodable information after the epoch in the legend, for probes that are trained for 1, 2, 4 and 8 times "
+            "the steps. Where a curve is flat, the probes have converged, and --dib-epochs is large enough. Where a "
+            "curve still rises, the values in the other figures are too low. Hollow markers are probes that are known "
             "suboptimal. Markers far below the line are omitted. The legend gives their number."
         ),
         draw=figures.draw_convergence,

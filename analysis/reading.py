@@ -1,6 +1,7 @@
 """Read the CSVs and the flags of a run from its folder."""
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from io import StringIO
@@ -24,7 +25,8 @@ COLUMNS = {
 }
 # optional tables, and the word for one of their rows
 OPTIONAL = {"lr_range": "step", "convergence": "probe", "noise": "probe"}
-OPTIONAL_COLUMNS = ("lower",)  # columns that earlier versions did not write: they are NaN
+# columns that earlier versions did not write: they are NaN
+OPTIONAL_COLUMNS = {"dib": ("lower",), "convergence": ("lower", "epoch")}
 SETS = ("train", "test")
 WORDS = ("set", "layer", "split", "labeling")
 COUNTS = ("epoch", "factor", "steps")
@@ -79,6 +81,8 @@ class RunTables:
 def read_run(folder: Path) -> RunTables:
     """Return the flags and tables of a run. Raise ValueError if one of its files is not valid."""
     run = RunTables(folder, read_hparams(folder), read_tables(folder))
+    # earlier versions measured convergence in the last epoch only
+    run.tables["convergence"] = run.tables["convergence"].fillna({"epoch": run.last_epoch}).astype({"epoch": int})
     if run.last_epoch < 0 and run.tables["lr_range"].empty:
         raise ValueError(f"{folder / 'epochs.csv'} holds no finished epoch")
     return run
@@ -115,25 +119,28 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
         if name in OPTIONAL and not path.exists():
             tables[name] = pd.DataFrame(columns=columns)
             continue
-        tables[name] = read_table(path, columns)
+        tables[name] = read_table(path, columns, OPTIONAL_COLUMNS.get(name, ()))
         if name in OPTIONAL and tables[name].empty:
             raise ValueError(f"{path} has no rows: expected at least one {OPTIONAL[name]}")
     return tables
 
 
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: list[str], optional: tuple[str, ...]) -> pd.DataFrame:
     """Return a CSV with numbers as such. Columns of the first version are renamed to their present names.
+
+    optional: columns that may be missing. They are NaN then.
 
     Raises ValueError if a column is missing, a value is not valid, or a row appears twice. The message gives the file
     and, if possible, the line.
     """
     table = read_texts(path)
-    missing = [column for column in columns if column not in (*table, *OPTIONAL_COLUMNS)]
+    missing = [column for column in columns if column not in (*table, *optional)]
     if missing:
         raise ValueError(f"{path}, line 1, lacks the column {missing[0]!r}: expected {','.join(columns)}")
     for column in columns:
         if column not in table:
-            table[column] = "nan"
+            table[column] = math.nan
+            continue
         texts = table[column].fillna("")
         if column not in WORDS:
             table[column] = pd.to_numeric(texts, errors="coerce")

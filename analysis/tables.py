@@ -240,6 +240,8 @@ def join_tables(runs: list[RunTables], name: str, last: int) -> pd.DataFrame:
     """Return the rows of a table of all runs, in the epochs up to the last that all runs have."""
     parts = [run.tables[name].assign(seed=run.hparams["seed"]) for run in runs]
     table = pd.concat(parts, ignore_index=True).rename(columns={"split": "layer"})
+    if name == "convergence":
+        return table[table["epoch"] == table["epoch"].max()]  # seeds that were measured in other epochs are left out
     if name in OPTIONAL:
         return table
     # With --measure log the last epoch is always measured, so a shorter run may have an epoch that the others lack.

@@ -80,7 +80,7 @@ def warn_once(line: str) -> None:
 def append_rows(folder: Path, rows: dict[str, list[tuple]]) -> None:
     """Append the rows of an epoch, {table: rows}, and flush them to disk.
 
-    convergence.csv is removed, because it describes the network of the epoch before.
+    convergence.csv is removed, because it describes the network of an earlier epoch.
     """
     (folder / "convergence.csv").unlink(missing_ok=True)
     for name in COLUMNS:

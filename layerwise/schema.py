@@ -13,8 +13,8 @@ COLUMNS = {
 }
 # The table of a learning-rate range test. `chosen` is 1 in the row of the selected learning rate, else 0.
 LR_RANGE = "step,learning_rate,loss,smoothed,chosen"
-# The table of `make convergence`: the probes of the last epoch. `factor` multiplies the number of their steps.
-CONVERGENCE = "factor,steps," + COLUMNS["dib.csv"].removeprefix("epoch,")
+# The table of `make convergence`: the probes of one epoch. `factor` multiplies the number of their steps.
+CONVERGENCE = "factor,steps," + COLUMNS["dib.csv"]
 # The table of linear probes on Gaussian features, which is written once.
 NOISE = COLUMNS["dib.csv"].removeprefix("epoch,")
 

@@ -371,7 +371,7 @@ def test_convergence_is_drawn_by_steps(tmp_path):
     assert (band.y0, band.y1) == pytest.approx(
         ((0.044 - 0.004 * 2**0.5) / np.log(2), (0.352 + 0.032 * 2**0.5) / np.log(2))
     )
-    assert find_legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nencoder up to"
+    assert find_legend(figure).get_title().get_text() == "mean ± sd of 2 seeds\nepoch 3\nencoder up to"
     assert read_legend(figure) == ["input", *LAYERS, "probe's own loss"]
     assert list(find_thin_lines(found[3], "-.").values()) == [pytest.approx([0.15] * 4)] * 4
     assert read_key(figure) == [CEILING, "shuffled labels", "held-out samples"]

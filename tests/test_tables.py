@@ -42,11 +42,11 @@ CONTROLLED = """epoch,set,split,enumeration,labeling,entropy,loss,lower,upper
 1,test,hidden1,2,1,0.61,0.6,0,0.6
 2,test,hidden1,0,held-out,0.70,0.9,0,0.9
 """
-CONVERGENCE = """factor,steps,set,split,enumeration,labeling,entropy,loss,lower,upper
-1,60,test,hidden1,0,y,0.69,0.4,0,0.3
-1,60,test,hidden1,0,0,0.69,0.6,0,0.6
-2,120,test,hidden1,0,y,0.69,0.2,0,0.2
-2,120,test,hidden1,0,0,0.69,0.6,0,0.5
+CONVERGENCE = """factor,steps,epoch,set,split,enumeration,labeling,entropy,loss,lower,upper
+1,60,1,test,hidden1,0,y,0.69,0.4,0,0.3
+1,60,1,test,hidden1,0,0,0.69,0.6,0,0.6
+2,120,1,test,hidden1,0,y,0.69,0.2,0,0.2
+2,120,1,test,hidden1,0,0,0.69,0.6,0,0.5
 """
 LAYERS = ["hidden1", "hidden2"]
 
@@ -149,6 +149,23 @@ def test_information_by_steps_by_hand(folder):
     assert nats["sufficiency_by_loss"].tolist() == pytest.approx([0.29, 0.49])
 
 
+def test_convergence_without_a_column_epoch_is_that_of_the_last_epoch(folder):
+    (folder / "convergence.csv").write_text(CONVERGENCE.replace("epoch,", "").replace("0,1,", "0,"))
+    (group,) = tables.read_groups([folder])
+    assert group.list_epochs("convergence") == [group.last] == [2]
+    assert len(group.tables["convergence"]) == 4
+
+
+def test_convergence_of_seeds_in_different_epochs_is_not_averaged(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", LAYERS, seed, factors=(1, 2)) for seed in range(3)]
+    path = runs[1] / "convergence.csv"
+    path.write_text(re.sub(",3,(train|test),", r",2,\1,", path.read_text()))
+    (group,) = tables.read_groups(runs)
+    assert group.list_epochs("convergence") == [3]
+    assert group.describe_seeds("mean of ", "convergence_information") == "mean of 2 seeds"
+    assert group.tables["convergence_information"]["seed"].unique().tolist() == [0, 2]
+
+
 def test_share_of_suboptimal_probes_by_hand():
     """0.001 bits are 0.000693 nats. Two of four training probes and the only test probe are above.
 
@@ -232,9 +249,8 @@ def test_seeds_are_compared_up_to_the_last_common_epoch(tmp_path):
     runs = [write_run(tmp_path / f"s{epochs}", LAYERS, seed=epochs, epochs=epochs) for epochs in (2, 9)]
     (group,) = tables.read_groups(runs)
     assert (group.label, group.last) == ("MLP on SZT, up to epoch 2", 2)
-    assert {name: table["epoch"].max() for name, table in group.tables.items() if "epoch" in table} == dict.fromkeys(
-        ("epochs", "nc1", "dib", "information"), 2
-    )
+    for name in ("epochs", "nc1", "dib", "information"):
+        assert group.tables[name]["epoch"].max() == 2
 
 
 @pytest.mark.parametrize("torn", [0, 1, 2])
@@ -402,14 +418,15 @@ def test_a_bad_table_is_refused_with_its_file_and_line(folder, content, message)
         (CONVERGENCE.splitlines()[0] + "\n", " has no rows: expected at least one probe"),
         (
             CONVERGENCE.replace("factor,", "times,"),
-            ", line 1, lacks the column 'factor': expected factor,steps,set,split,",
+            ", line 1, lacks the column 'factor': expected factor,steps,epoch,set,split,",
         ),
         (CONVERGENCE.replace("\n1,60", "\n1,0", 1), ", line 2: steps is '0', expected a whole number from 1"),
+        (CONVERGENCE.replace("60,1,", "60,,", 1), ", line 2: epoch is '', expected a whole number from 0"),
         (CONVERGENCE.replace("\n2,", "\n1.5,", 1), ", line 4: factor is '1.5', expected a whole number from 1"),
         (CONVERGENCE.replace("0.6,0,0.5", "0.6,0,?"), ", line 5: upper is '?', expected a number"),
         (
-            CONVERGENCE + "2,120,test,hidden1,0,0,0.69,0.6,0,0.5\n",
-            ", line 6: factor 2, set test, split hidden1, enumeration 0, ",
+            CONVERGENCE + "2,120,1,test,hidden1,0,0,0.69,0.6,0,0.5\n",
+            ", line 6: factor 2, epoch 1, set test, split hidden1, enumeration 0, ",
         ),
     ],
 )

@@ -163,3 +163,12 @@ def test_the_old_name_of_a_make_target_is_refused_with_the_new_one(old, new):
 def test_a_make_target_that_does_not_exist_is_refused_on_one_line():
     (line,) = run_make("nonsense")
     assert "nonsense" in line
+
+
+@pytest.mark.parametrize(("epoch", "flags"), [("", []), ("3", ["--epoch", "3"]), ("0", ["--epoch", "0"])])
+def test_make_convergence_passes_the_run_and_the_epoch(epoch, flags):
+    """`make -n` prints the commands and runs none."""
+    command = ["make", "-n", "convergence", "RUN=runs/a", f"EPOCH={epoch}", "ARGS=--device cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=remove_make_variables(), capture_output=True, text=True, timeout=60)
+    words = done.stdout.splitlines()[-1].split()
+    assert words == [".venv/bin/python", "-m", "tools.convergence", "runs/a", *flags, "--device", "cpu"]

@@ -144,7 +144,7 @@ def write_run(
                 rows["dib.csv"] += [(epoch, *probe) for probe in list_probes(each, split, told, 0.01)]
     if factors:
         rows["convergence.csv"] = [
-            (factor, factor * steps, *probe)
+            (factor, factor * steps, epochs, *probe)
             for factor in factors
             for each, steps in (("train", 270), ("test", 60))
             for split in ["input", *layers]
