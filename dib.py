@@ -33,7 +33,7 @@ H_V cannot be computed exactly. A probe is a newly initialised decoder that is t
 `lower` is the largest known lower bound, the maximum of 0 and
 
 4. For linear probes, the dual bound of layerwise/probes/linear.py. It bounds the loss of the decoders whose logits
-   differ by at most 2,000 on every sample. It is 0 if the logits of the probe differ by more.
+   differ by at most 2,000 on every sample, or by at most as much as those of the probe.
 5. The entropy of the labeling given E(x): a decoder returns the same for samples with equal encodings.
 6. `lower` of a shallower split k', because V_k' has the functions that rule 1 names. A bound of rule 4 keeps its
    restriction.

@@ -976,16 +976,17 @@ def test_a_bound_that_is_not_finite_is_not_used(monkeypatch):
     assert lower == 0 < loss
 
 
-def test_a_bound_is_not_used_if_the_logits_of_the_optimum_span_more_than_it_allows(monkeypatch):
+def test_bounds_are_proved_for_logits_that_span_as_much_as_those_of_the_optimum(monkeypatch):
     z = 3 * make_features("normal")
-    labels = make_uncertain_labels(z)
-    decoder = nn.Sequential(nn.Linear(z.shape[1], 3))
-    ((loss, lower),) = fit_optima(decoder, z, labels[None])
-    assert loss - lower <= PROVED
+    decoder, spans, compute = nn.Sequential(nn.Linear(z.shape[1], 3)), [], linear.compute_dual_bound
     monkeypatch.setattr(linear, "HALF_SPAN", 0.5)
-    ((again, lower),) = fit_optima(decoder, z, labels[None])
-    assert again <= loss + PROVED
-    assert lower == 0
+    monkeypatch.setattr(linear, "compute_dual_bound", lambda *rest: spans.append(rest[-1]) or compute(*rest))
+    ((loss, lower),) = fit_optima(decoder, z, make_uncertain_labels(z)[None])
+    assert loss - lower <= PROVED
+    assert spans[-1] > 1
+    monkeypatch.setattr(linear, "compute_dual_bound", lambda *rest: 0.1 if rest[-1] == 0.5 else 0.0)
+    ((loss, lower),) = fit_optima(decoder, z, make_uncertain_labels(z)[None])
+    assert lower == 0 < loss  # the bound of smaller logits was not kept
 
 
 def test_bounds_that_other_weights_proved_are_not_used_if_the_loss_is_below_them():
@@ -1010,7 +1011,7 @@ def test_the_bound_holds_for_any_weights():
     for scale in (0, 0.01, 0.1, 0.3, 1, 3):
         p = (Z @ (best.detach() + scale * torch.randn(6, 3, dtype=torch.float64))).softmax(1)
         step = compute_newton_step(Z, p, Y, 1e-8 if scale > 0.1 else None)
-        bounds.append(compute_dual_bound(Z, p, Y, Z @ step))
+        bounds.append(compute_dual_bound(Z, p, Y, Z @ step, linear.HALF_SPAN))
     assert all(bound <= least + 1e-9 for bound in bounds)
     assert bounds[0] == pytest.approx(least, abs=1e-8)
     assert least - 1e-3 < bounds[1] < least
@@ -1023,7 +1024,11 @@ def test_the_bound_holds_for_a_step_that_is_not_solved():
     labels = make_uncertain_labels(z)
     Z = torch.cat([decompose(z, True).U * len(z) ** 0.5, torch.ones(len(z), 1).double()], dim=1)
     p, Y = torch.full((len(z), 3), 1 / 3).double(), F.one_hot(labels, 3).double()
-    assert compute_dual_bound(Z, p, Y, torch.zeros_like(p)) < compute_newton_optimum(z, labels) < math.log(3)
+    assert (
+        compute_dual_bound(Z, p, Y, torch.zeros_like(p), linear.HALF_SPAN)
+        < compute_newton_optimum(z, labels)
+        < math.log(3)
+    )
 
 
 def test_the_dual_bound_computed_by_hand():
@@ -1032,7 +1037,7 @@ def test_the_dual_bound_computed_by_hand():
     Z, Y, p = torch.ones(4, 1).double(), F.one_hot(labels, 2).double(), torch.full((4, 2), 0.5).double()
     step = compute_newton_step(Z, p, Y, None)
     expected = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert compute_dual_bound(Z, p, Y, Z @ step) == pytest.approx(expected, rel=1e-12)
+    assert compute_dual_bound(Z, p, Y, Z @ step, linear.HALF_SPAN) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("floor", [None, 1e-8, 1e-12])

@@ -23,7 +23,7 @@ from layerwise.probes.encodings import Source
 from layerwise.schema import PROVED
 
 FEATURE_BYTES = 4 * 2**30  # largest size of the float64 features
-HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most twice this on every sample
+HALF_SPAN = 1000.0  # bounds hold for decoders whose logits differ by at most twice this, or more, on every sample
 ITERATIONS = (20, 40, 80, 160, 320)  # of L-BFGS, each time before the bound is computed
 NEWTON_STEPS = 16  # largest number of Newton steps, each with a bound
 PRODUCTS = 60  # largest number of products with the Hessian in a Newton step
@@ -94,8 +94,8 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
     """Return (loss, lower) in nats: a loss close to inf over W and b of that of the logits, and a bound below it.
 
     The logits are U W + b with C columns. Without a bias, b is 0. lower is proved for all decoders whose logits differ
-    by at most 2 HALF_SPAN on every sample. It is 0 if the logits with the returned loss differ by more. loss - lower
-    <= PROVED, or the number of iterations reached its limit.
+    by at most 2 HALF_SPAN on every sample, or by at most as much as the logits with the returned loss. loss - lower <=
+    PROVED, or the number of iterations reached its limit.
 
     U: orthonormal columns (N, r), float64, of mean 0 if there is a bias. labels: (N,) int64.
     """
@@ -109,19 +109,21 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
     Y = F.one_hot(labels, C).double()  # (N, C)
     W = Z.new_zeros(Z.shape[1], C)
     compute_loss = partial(compute_linear_loss, Z, W, labels)
-    minimise, lower, bounds, steps = make_minimiser(W, compute_loss), 0.0, 0, 0
+    minimise, lower, half_span, bounds, steps = make_minimiser(W, compute_loss), 0.0, HALF_SPAN, 0, 0
     for iterations in ITERATIONS:
         minimise(iterations)
         while True:
             logits = Z @ W
             loss, p = F.cross_entropy(logits, labels).item(), logits.softmax(1)
-            most = limit_bound(logits, loss)
-            lower = clamp_bound(lower, most)
+            span = (logits.amax(1) - logits.amin(1)).max().item()
+            if span > 2 * half_span:  # the bound so far is not proved for such decoders
+                lower, half_span = 0.0, span
+            lower = clamp_bound(lower, loss)
             if loss <= PROVED:
                 return loss, lower
             step = compute_newton_step(Z, p, Y, choose_floor(bounds))
-            bound = compute_dual_bound(Z, p, Y, Z @ step)
-            lower, bounds = max(lower, clamp_bound(bound, most)), bounds + 1
+            bound = compute_dual_bound(Z, p, Y, Z @ step, half_span)
+            lower, bounds = max(lower, clamp_bound(bound, loss)), bounds + 1
             if loss - lower <= PROVED or steps == NEWTON_STEPS:
                 return loss, lower
             if bounds < 3 or not take_step(W, step, compute_loss):
@@ -133,14 +135,6 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
 def clamp_bound(bound: float, loss: float) -> float:
     """Return a lower bound on H_V, at most the loss. Return 0 if the loss of a decoder shows that it does not hold."""
     return min(bound, loss) if isfinite(bound) and bound <= loss + ROUNDING else 0.0
-
-
-def limit_bound(logits: Tensor, loss: float) -> float:
-    """Return the largest lower bound that logits (N, C) with this loss allow: 0 if they span more than the bounds do.
-
-    L-BFGS does not restrict the span. So the loss may be that of a decoder for which the bounds are not proved.
-    """
-    return loss if (logits.amax(1) - logits.amin(1)).max() <= 2 * HALF_SPAN else 0.0
 
 
 def compute_linear_loss(Z: Tensor, W: Tensor, labels: Tensor) -> Tensor:
@@ -234,16 +228,16 @@ def factorise_blocks(Z: Tensor, p: Tensor, floor: float) -> Tensor:
     return torch.stack([torch.linalg.cholesky((Z * of_class[:, None]).T @ Z) for of_class in weights.T])
 
 
-def compute_dual_bound(Z: Tensor, p: Tensor, Y: Tensor, u: Tensor) -> float:
-    """Return a lower bound on the loss of all W whose logits differ by at most 2 HALF_SPAN on every sample, in nats.
+def compute_dual_bound(Z: Tensor, p: Tensor, Y: Tensor, u: Tensor, half_span: float) -> float:
+    """Return a lower bound on the loss of all W whose logits differ by at most 2 half_span on every sample, in nats.
 
     u: Z x for a Newton step x, (N, C). With it, Z^T (q - Y) is 0 up to the error of the conjugate gradients, which is
     then subtracted. Where an entry of q is negative, q+ is q with 0 in its place and rows of sum 1. With
-    delta = mean of sum |q+ - q|, the bound is then the mean of H(q+) less HALF_SPAN delta.
+    delta = mean of sum |q+ - q|, the bound is then the mean of H(q+) less half_span delta.
     """
     q = p * (1 - (u - (p * u).sum(1, keepdim=True)))  # (N, C), rows have sum 1
     q = q - Z @ (Z.T @ (q - Y)) / len(Z)
     positive = q.clamp_min(0)
     positive = positive / positive.sum(1, keepdim=True)
     delta = (positive - q).abs().sum(1).mean()
-    return (torch.special.entr(positive).sum(1).mean() - HALF_SPAN * delta).item()
+    return (torch.special.entr(positive).sum(1).mean() - half_span * delta).item()
