@@ -724,7 +724,7 @@ def bench_probes(args: argparse.Namespace) -> Iterator[Row]:
     ours: an information, a loss or a share. reference: the same by the exact optimum if the decoder is linear. For
     other decoders it is what 4 times the steps find (--slow: the smallest loss of 16 times the steps and 4 seeds). Rows
     of time have the seconds until the probes reach the same mean loss, and their ratio is reference / ours. This part
-    takes 15 to 25 minutes on two cores, because the algorithm as written runs for up to 20 times our seconds. With
+    takes over an hour, because the algorithm as written runs for up to 20 times our seconds. With
     --slow it takes hours.
     """
     yield from bench_probes_of_mlp(args.slow)
