@@ -657,7 +657,8 @@ def bench_convolutional_probes(args: argparse.Namespace) -> Iterator[Row]:
         for j, labeling in enumerate(("y", "digit 1")):
             for kind, losses, most in (("", found, f"ours <= {goals[j]}"), (", thesis", thesis, None)):
                 loss, least = losses[j].item(), known[j].item()
-                yield Row(f"{name} loss {split}, {labeling}{kind}", size, loss, least, "nats", loss / least, most)
+                ratio = loss / least if least else None  # float32 losses can be exactly 0
+                yield Row(f"{name} loss {split}, {labeling}{kind}", size, loss, least, "nats", ratio, most)
         members = [(k, labels) for labels in labelings]
         yield compare_time(f"{name} {split}", run, members, found.mean().item(), ours, goal)
 
