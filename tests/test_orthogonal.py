@@ -80,6 +80,16 @@ def test_zero_denormal_and_nan_gradients_affect_their_own_matrix_alone(dtype):
     assert not orthogonalise(torch.zeros(2, 16, 40, dtype=dtype)).any()
 
 
+def test_products_replace_a_decomposition_that_does_not_converge(monkeypatch):
+    def fail(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    G = 1e-12 * make_matrices(2, 16, 40)
+    expected = orthogonalise_by_eigh(G)
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    assert torch.linalg.matrix_norm(orthogonalise_by_eigh(G) - expected).max() / 16**0.5 < 0.17
+
+
 @pytest.mark.parametrize("is_bfloat16", [False, True])
 def test_products_are_close_to_the_polar_factor(is_bfloat16, monkeypatch):
     """The singular values of these matrices, relative to their norm, are between 0.003 and 0.3."""

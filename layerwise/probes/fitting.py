@@ -50,7 +50,7 @@ class Fitted(NamedTuple):
 def fit(task: Task, probes: Tuned | Thesis, *, batch_size: int, cache_bytes: int) -> Fitted:
     """Fit the probes of every split and labeling of the task.
 
-    For Tuned, linear optima are computed. All MLPs are trained in one stacked group, other decoders one by one.
+    For Tuned, linear optima are computed. MLPs are trained in stacked groups, other decoders one by one.
     cache_bytes: the size of the encodings that may be cached. The processes of torchrun share the probes: all call fit.
     """
     J, N = task.targets.shape
@@ -111,7 +111,7 @@ def encode_groups(
     inputs = [Encoded(source, torch.arange(len(y), device=y.device).split(batch_size)) for source, y in inputs]
     sets, depth = inputs, 0  # sets: the encodings of the split at depth
     for kind, splits in groups:
-        if splits[0] < depth:  # the group before ended deeper, as MLPs of all depths are in one group
+        if splits[0] < depth:  # the group before ended deeper, as MLPs of several depths are in one group
             sets, depth = inputs, 0
         encodings = {}
         for k in splits:

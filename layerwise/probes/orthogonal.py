@@ -1,4 +1,4 @@
-"""Orthogonalised steps (Muon) of matrices: a step is the momentum of the gradients with all singular values set to 1.
+"""Orthogonalised steps (Muon) of matrices: a step is the momentum of the gradients with all singular values made equal.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from layerwise import devices
 
-FLOOR = 3e-4  # singular values below FLOOR times the largest are divided by that: rounding of X X^T hides them
-NEGLIGIBLE = 1e-10  # smaller entries, relative to the largest, are set to 0: eigh fails for denormal numbers
+# Singular values below FLOOR times the largest are divided by FLOOR times the largest. Rounding of X X^T hides them.
+FLOOR = 3e-4
+NEGLIGIBLE = 1e-10  # smaller entries, relative to the norm, are set to 0: eigh fails for denormal numbers
 
-# (a, b, c) of the steps x -> a x + b x^3 + c x^5. Together they bring singular values between 0.001 and 1 to between
-# 0.84 and 1.13. They are the first five of Polar Express (N. Amsel et al., arXiv 2505.16932), with its margin of 1 %
-# for rounding.
+# (a, b, c) of the steps x -> a x + b x^3 + c x^5. Together they bring singular values between 0.001 and 1 of the norm
+# to between 0.84 and 1.13. They are the first five of Polar Express (N. Amsel et al., arXiv 2505.16932), with its
+# margin of 1 % for rounding.
 POLAR_EXPRESS = tuple(
     (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in (
@@ -60,7 +61,7 @@ class Orthogonalised(torch.optim.Optimizer):
 
 
 def orthogonalise(G: Tensor) -> Tensor:
-    """Return U V^T of the singular value decompositions U S V^T of matrices G (P, m, n), times sqrt(max(m, k)).
+    """Return U V^T of the singular value decompositions U S V^T of matrices G (P, m, n), times sqrt(max(min(m, n), k)).
 
     k is the number of columns that are not all 0, if m <= n, and else of rows. At full rank the root mean square of
     these columns is 1. In the gradient of a 3 x 3 filter on images of one pixel, 8 of 9 columns are 0.
@@ -82,7 +83,10 @@ def orthogonalise_by_eigh(X: Tensor) -> Tensor:
     """Return (X X^T)^(-1/2) X = U V^T for matrices X (P, m, n), m <= n."""
     tiny = torch.finfo(X.dtype).tiny
     X = F.hardshrink(X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny), NEGLIGIBLE)
-    L, Q = torch.linalg.eigh((X @ X.mT).nan_to_num())  # eigh raises for NaN; X makes the result NaN
+    try:
+        L, Q = torch.linalg.eigh((X @ X.mT).nan_to_num())  # eigh raises for NaN; X makes the result NaN
+    except torch.linalg.LinAlgError:  # an iteration that does not converge must not end a run
+        return orthogonalise_by_products(X)
     L = L.clamp_min(FLOOR**2 * L[:, -1:]).clamp_min(tiny)
     return (Q * L.rsqrt()[:, None]) @ Q.mT @ X
 
@@ -92,7 +96,8 @@ def orthogonalise_by_products(X: Tensor, coefficients: Sequence[tuple[float, flo
     dtype = X.dtype
     if devices.has_bfloat16(X.device):
         X = X.bfloat16()
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)  # no singular value is above 1
+    tiny = torch.finfo(X.dtype).tiny
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny)  # no singular value is above 1
     for a, b, c in coefficients:
         R = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(R, R, R, beta=b, alpha=c), X, beta=a)
