@@ -93,10 +93,11 @@ def orthogonalise_by_eigh(X: Tensor) -> Tensor:
 
 def orthogonalise_by_products(X: Tensor, coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS) -> Tensor:
     """Return about U V^T for matrices X (P, m, n), m <= n. The products are in bfloat16, if the GPU supports it."""
-    dtype = X.dtype
+    dtype, tiny = X.dtype, torch.finfo(X.dtype).tiny
+    # the squares in the norm of small gradients would underflow; powers of 2 do not change the rounding
+    X = torch.ldexp(X, -torch.frexp(X.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)).exponent)
     if devices.has_bfloat16(X.device):
         X = X.bfloat16()
-    tiny = torch.finfo(X.dtype).tiny
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny)  # no singular value is above 1
     for a, b, c in coefficients:
         R = X @ X.mT
