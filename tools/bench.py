@@ -725,8 +725,8 @@ def bench_probes(args: argparse.Namespace) -> Iterator[Row]:
     ours: an information, a loss or a share. reference: the same by the exact optimum if the decoder is linear. For
     other decoders it is what 4 times the steps find (--slow: the smallest loss of 16 times the steps and 4 seeds). Rows
     of time have the seconds until the probes reach the same mean loss, and their ratio is reference / ours. This part
-    takes over an hour, because the algorithm as written runs for up to 20 times our seconds. With
-    --slow it takes hours.
+    takes over an hour, because the algorithm as written runs for up to 20 times our seconds. With --slow it takes
+    many hours.
     """
     yield from bench_probes_of_mlp(args.slow)
     yield from bench_suboptimal_probes()

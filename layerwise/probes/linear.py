@@ -8,7 +8,6 @@ mean of -log p at the labels. For every q (N, C) whose rows are probabilities, a
 and the loss of W exceeds this bound by exactly the mean of KL(q_i || p_i). Such a q is computed from a Newton step.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from math import isfinite, log
@@ -47,14 +46,14 @@ def can_fit_linear(decoder: nn.Sequential, N: int) -> bool:
 
 @torch.no_grad()
 def read_features(decoder: nn.Sequential, source: Source, batches: tuple[Tensor, ...]) -> Tensor:
-    """Return the inputs (N, d) of the linear layer of a linear decoder, in float64.
+    """Return the inputs (N, d) of the linear layer of a linear decoder in eval mode, in float64.
 
     The layers before it are computed as the network computes them, in the dtype of the encodings. A deeper split gets
     their outputs with the rounding, so that float64 would make the bounds of the two splits contradict each other.
     Raises ValueError for encodings that are not finite.
     """
     *before, _ = list_layers(decoder)
-    before = copy.deepcopy(nn.Sequential(*before)).eval()
+    before = nn.Sequential(*before)
     z = torch.cat([before(source(indices)).double() for indices in batches])
     if not z.isfinite().all():
         raise ValueError("DIB: the encodings of a linear decoder are not finite")
@@ -117,7 +116,7 @@ def compute_linear_optimum(U: Tensor, labels: Tensor, C: int, bias: bool) -> tup
             loss, p = F.cross_entropy(logits, labels).item(), logits.softmax(1)
             span = (logits.amax(1) - logits.amin(1)).max().item()
             if span > 2 * half_span:  # the bound so far is not proved for such decoders
-                lower, half_span = 0.0, span
+                lower, half_span = 0.0, span  # twice what is needed, as the span may grow further
             lower = clamp_bound(lower, loss)
             if loss <= PROVED:
                 return loss, lower

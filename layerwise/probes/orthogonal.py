@@ -31,7 +31,9 @@ POLAR_EXPRESS = tuple(
 
 
 class Orthogonalised(torch.optim.Optimizer):
-    """Take orthogonalised steps, with Nesterov momentum. The root mean square of a step is about the learning rate.
+    """Take orthogonalised steps, with Nesterov momentum.
+
+    The root mean square of a step of full rank is the learning rate.
 
     params: groups of parameters, each of one shape. stacked: whether a parameter is a stack of matrices (P, m, n). If
     not, it is flattened to one matrix (outputs, inputs of an output).
