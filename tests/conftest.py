@@ -29,18 +29,23 @@ def whole(tmp_path):
     return tmp_path / "whole"
 
 
-@pytest.fixture
-def half(tmp_path, monkeypatch):
-    """A run that ended within its second epoch."""
+def crash_in_epoch(monkeypatch, end: int, flags: list[str]) -> None:
+    """Start a run that ends in this epoch, before its checkpoint is written."""
     save = checkpoint.save
 
     def crash(folder, epoch, *rest):
-        if epoch == 2:
+        if epoch == end:
             raise Crash
         save(folder, epoch, *rest)
 
     with monkeypatch.context() as failing:
         failing.setattr(checkpoint, "save", crash)
         with pytest.raises(Crash):
-            train.main([*QUICK, "--run-dir", str(tmp_path / "half")])
+            train.main(flags)
+
+
+@pytest.fixture
+def half(tmp_path, monkeypatch):
+    """A run that ended within its second epoch."""
+    crash_in_epoch(monkeypatch, 2, [*QUICK, "--run-dir", str(tmp_path / "half")])
     return tmp_path / "half"

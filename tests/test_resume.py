@@ -17,7 +17,7 @@ import dib
 import nc1
 import train
 from layerwise import devices, runs, schema
-from tests.conftest import Crash
+from tests.conftest import Crash, crash_in_epoch
 from tests.toys import QUICK, ROOT, assert_same_run, refusal
 from tools import convergence
 from tools.evidence import kill_repeatedly, read_results
@@ -100,18 +100,9 @@ def test_tuned_probes_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_p
 
 def test_kept_weights_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_path, monkeypatch):
     """The run ends between writing the weights of epoch 1 and the checkpoint."""
-    command, save = [*QUICK, "--no-dib", "--save-weights", "--run-dir"], checkpoint.save
+    command = [*QUICK, "--no-dib", "--save-weights", "--run-dir"]
     train.main([*command, str(tmp_path / "a")])
-
-    def crash(folder: Path, epoch: int, *rest) -> None:
-        if epoch == 1:
-            raise Crash
-        save(folder, epoch, *rest)
-
-    with monkeypatch.context() as failing:
-        failing.setattr(checkpoint, "save", crash)
-        with pytest.raises(Crash):
-            train.main([*command, str(tmp_path / "b")])
+    crash_in_epoch(monkeypatch, 1, [*command, str(tmp_path / "b")])
     (tmp_path / "b" / "weights" / "epoch1.pt").write_text("damaged")
     train.main(["--run-dir", str(tmp_path / "b"), "--resume"])
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -121,11 +112,8 @@ def test_kept_weights_of_a_resumed_run_are_those_of_a_run_that_did_not_end(tmp_p
 
 def test_resume_removes_kept_weights_of_an_unfinished_epoch_that_is_no_longer_measured(tmp_path, monkeypatch):
     """The last epoch is always measured with --measure log. In a longer run, epoch 5 is not the last one."""
-    command, save = [*QUICK, "--no-dib", "--measure", "log", "--save-weights", "--run-dir"], checkpoint.save
-    with monkeypatch.context() as failing:
-        failing.setattr(checkpoint, "save", lambda folder, e, *rest: 1 / 0 if e == 5 else save(folder, e, *rest))
-        with pytest.raises(ZeroDivisionError):
-            train.main([*command, str(tmp_path / "b"), "--epochs", "5"])
+    command = [*QUICK, "--no-dib", "--measure", "log", "--save-weights", "--run-dir"]
+    crash_in_epoch(monkeypatch, 5, [*command, str(tmp_path / "b"), "--epochs", "5"])
     assert (tmp_path / "b" / "weights" / "epoch5.pt").exists()
     train.main(["--run-dir", str(tmp_path / "b"), "--resume", "--epochs", "7"])
     train.main([*command, str(tmp_path / "a"), "--epochs", "7"])
